@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The rigs, simulator and benches that hold extentd to its rules.
+
+pub mod bench;
+pub mod rig;
+pub mod sim;

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Real disks, filesystems, daemons and frontends for tests, each behind a guard that takes it away again.
+//!
+//! A test starts with [`Rig::enter`] (or [`Rig::alone`]), builds what it needs from the parts below and lets them go
+//! out of scope in reverse order. Whatever a killed test leaves behind takes itself away: mounts live in a mount namespace
+//! of the test's thread, loop devices are autoclear, their memory is a memfd, daemons get a parent-death signal.
+//!
+//! | part | what it is |
+//! |---|---|
+//! | [`disk::LoopDisk`] | a loop device with 512 or 4096-byte sectors over memory, a disk file or a [`slow_disk::SlowDisk`] |
+//! | [`filesystem::Filesystem`] | a formatted and mounted loop device that can be checked by its own fsck |
+//! | [`slow_disk::SlowDisk`] | a FUSE file whose reads, writes and flushes can be delayed, held or failed at run time |
+//! | [`image`] | makers of written, sparse, fallocated, fragmented and mixed image files |
+//! | [`daemon::Daemon`] | a running extentd (or its peer) with its log and status |
+//! | [`client::Client`] | libblkio's virtio-blk driver over vhost-user, with deadlines |
+//! | [`frontend::Frontend`] | hand-made rings over `vhost`'s frontend for what no well-behaved driver does |
+//! | [`model`] | the flat byte model, and self-describing sectors |
+
+pub mod bed;
+pub mod client;
+pub mod command;
+pub mod daemon;
+pub mod disk;
+pub mod filesystem;
+pub mod frontend;
+pub mod image;
+pub mod model;
+pub mod queue;
+pub mod random;
+pub mod ring;
+pub mod scope;
+pub mod slow_disk;
+mod slow_disk_fs;
+mod slow_disk_rules;
+pub mod stamped;
+pub mod wait;
+pub mod workload;
+
+pub use bed::{Bed, Setup};
+pub use client::{Client, ClientOptions};
+pub use daemon::{Daemon, Status};
+pub use disk::{Backing, LoopDisk};
+pub use filesystem::{Filesystem, Kind, Mount};
+pub use image::Layout;
+pub use queue::{Done, Queue, Request, Shape};
+pub use random::Random;
+pub use scope::Rig;
+pub use slow_disk::SlowDisk;
+
+#[cfg(test)]
+#[path = "rig_tests.rs"]
+mod rig_tests;

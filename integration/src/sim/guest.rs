@@ -1,0 +1,393 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The guest: what it asks, what it must get, and that it gets one answer to each request.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+use extentd::engine::Tag;
+use extentd::engine::message::WorkerId;
+use extentd::engine::request::{Kind, Request, Status};
+use extentd::engine::units::FileRange;
+
+use super::disk::{Stamp, ZERO};
+use super::hazard::Hazard;
+use super::model::Wrong;
+use super::rng::Rng;
+use super::scenario::{Scenario, bytes, sectors};
+use super::world::World;
+
+/// What guest memory holds before a read fills it.
+const POISON: Stamp = 0x90 << 56;
+
+/// A request the guest waits for.
+#[derive(Debug)]
+struct Pending {
+    number: u64,
+    request: Request,
+    sectors: Range<usize>,
+    memory: Vec<Stamp>,
+    began: u64,
+    /// Reads: what each sector may be.
+    admissible: Vec<Vec<Stamp>>,
+    /// Flushes: modifying requests accepted earlier and not answered then.
+    earlier: Vec<u64>,
+    write_through: bool,
+    /// A failed flush had been answered before it was asked.
+    after_failure: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Guest {
+    /// By worker and tag.
+    pending: BTreeMap<(WorkerId, Tag), Pending>,
+    next_number: u64,
+    next_stamp: Stamp,
+    /// Requests still to be made.
+    pub(super) to_issue: u32,
+    /// Places the guest likes.
+    hot: Vec<usize>,
+    /// Writes to make first: the ones a killed daemon owed.
+    redo: VecDeque<Range<usize>>,
+    pub(super) write_through: bool,
+    ever_write_through: bool,
+    /// A flush has failed and nothing has reset the device since (R16).
+    flush_failed: bool,
+    /// Errors were injected or the file was cut short: requests may fail.
+    excused: bool,
+    /// A new driver flushes first.
+    pub(super) flush_first: bool,
+    /// What the last phase reads, so that all of the image is looked at.
+    sweep: VecDeque<Range<usize>>,
+    pub(super) answered: u64,
+}
+
+impl Guest {
+    pub(super) fn new(scenario: &Scenario, rng: &mut Rng) -> Self {
+        Self {
+            pending: BTreeMap::new(),
+            next_number: 1,
+            next_stamp: 1 << 16,
+            to_issue: 0,
+            hot: (0..scenario.hot).map(|_| rng.index(scenario.sectors())).collect(),
+            redo: VecDeque::new(),
+            write_through: scenario.write_through,
+            ever_write_through: scenario.write_through,
+            flush_failed: false,
+            excused: false,
+            flush_first: false,
+            sweep: VecDeque::new(),
+            answered: 0,
+        }
+    }
+
+    pub(super) fn memory(&mut self, worker: WorkerId, tag: Tag) -> Option<&mut Vec<Stamp>> {
+        self.pending.get_mut(&(worker, tag)).map(|p| &mut p.memory)
+    }
+
+    pub(super) fn is_aligned(&self, worker: WorkerId, tag: Tag) -> bool {
+        self.pending.get(&(worker, tag)).is_some_and(|p| p.request.mem_aligned)
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.to_issue == 0 && self.pending.is_empty()
+    }
+
+    pub(super) fn waits_for_flush(&self) -> bool {
+        self.pending.values().any(|p| p.request.kind == Kind::Flush)
+    }
+
+    /// What it still waits for, for a report.
+    pub(super) fn waiting(&self) -> Vec<String> {
+        let line = |((w, t), p): (&(WorkerId, Tag), &Pending)| {
+            format!("w{} tag {} {:?}", w.0, t.0, p.request.kind)
+        };
+        self.pending.iter().map(line).collect()
+    }
+
+    /// A tag of this worker that is free.
+    pub(super) fn free_tag(&self, worker: WorkerId, depth: usize) -> Option<Tag> {
+        let depth = u32::try_from(depth).ok()?;
+        (0..depth).map(Tag).find(|t| !self.pending.contains_key(&(worker, *t)))
+    }
+
+    /// The guest switches between write-back and write-through; what it is now.
+    pub(super) fn switch_cache(&mut self) -> bool {
+        self.write_through = !self.write_through;
+        self.ever_write_through = true;
+        self.write_through
+    }
+
+    /// A new driver: an old flush error is forgotten.
+    pub(super) fn device_reset(&mut self) {
+        self.flush_failed = false;
+    }
+
+    /// Wants all of the window read before the end.
+    pub(super) fn plan_sweep(&mut self, window: &Range<usize>, step: usize) {
+        let mut at = window.start;
+        while at < window.end {
+            let end = (at + step).min(window.end);
+            self.sweep.push_back(at..end);
+            self.to_issue += 1;
+            at = end;
+        }
+    }
+
+    fn stamps(&mut self, count: usize) -> Vec<Stamp> {
+        let first = self.next_stamp;
+        self.next_stamp += count as u64;
+        (first..self.next_stamp).collect()
+    }
+}
+
+impl World {
+    /// The guest's sectors.
+    pub(super) fn window(&self) -> Range<usize> {
+        let window = self.scenario.window;
+        sectors(window.start)..sectors(window.end)
+    }
+
+    /// From now on requests may fail.
+    pub(super) fn note_error(&mut self) {
+        self.guest.excused = true;
+    }
+
+    /// The guest makes a request on a worker's queue.
+    pub(super) fn make_request(&mut self, worker: WorkerId, tag: Tag) -> Request {
+        let kind = self.choose();
+        let number = self.guest.next_number;
+        self.guest.next_number += 1;
+        let range = sectors(kind.range().start)..sectors(kind.range().end);
+        let mem_align = u64::from(self.scenario.geometry.mem_align);
+        let odd_memory = self.rng.chance(self.scenario.unaligned);
+        let request = Request {
+            kind,
+            mem_aligned: !odd_memory && bytes(range.len()).is_multiple_of(mem_align),
+        };
+        let memory = match kind {
+            Kind::Write(_) => self.guest.stamps(range.len()),
+            Kind::Read(_) => vec![POISON; range.len()],
+            Kind::Discard(_) | Kind::Flush => Vec::new(),
+        };
+        if !request.mem_aligned && !memory.is_empty() {
+            self.hit(Hazard::Bounced);
+        }
+        let modifying = self.guest.pending.values().filter(|p| p.request.kind.modifies());
+        let earlier = match kind {
+            Kind::Flush => modifying.map(|p| p.number).collect(),
+            _ => Vec::new(),
+        };
+        let admissible = match kind {
+            Kind::Read(_) => range.clone().map(|s| self.model.admissible(s)).collect(),
+            _ => Vec::new(),
+        };
+        let began = self.model.moment();
+        let pending = Pending {
+            number,
+            request,
+            sectors: range.clone(),
+            memory,
+            began,
+            admissible,
+            earlier,
+            write_through: self.guest.write_through,
+            after_failure: self.guest.flush_failed,
+        };
+        self.trace(|| format!("w{} tag {} request {number} {request:?}", worker.0, tag.0));
+        if kind.modifies() {
+            let stamps = pending.memory.clone();
+            let stamp = |s: usize| stamps.get(s - range.start).copied().unwrap_or(ZERO);
+            self.model.begin(number, range.clone(), stamp);
+            self.tell_readers(&range, stamp);
+        }
+        self.note_hazards(kind, &range);
+        self.guest.pending.insert((worker, tag), pending);
+        request
+    }
+
+    fn note_hazards(&mut self, kind: Kind, range: &Range<usize>) {
+        let spb = self.host.spb;
+        match kind {
+            Kind::Discard(_)
+                if !(range.start.is_multiple_of(spb) && range.end.is_multiple_of(spb)) =>
+            {
+                self.hit(Hazard::OddEdgePunch);
+            }
+            Kind::Flush if self.lease.is_breaking() => self.hit(Hazard::FlushDuringBreak),
+            Kind::Write(_) if self.guest.write_through => self.hit(Hazard::WriteThrough),
+            _ => {}
+        }
+    }
+
+    /// Reads under way may see what is written now.
+    pub(super) fn tell_readers(&mut self, range: &Range<usize>, stamp: impl Fn(usize) -> Stamp) {
+        for pending in self.guest.pending.values_mut() {
+            for (i, admissible) in pending.admissible.iter_mut().enumerate() {
+                let at = pending.sectors.start + i;
+                if range.contains(&at) {
+                    admissible.push(stamp(at));
+                }
+            }
+        }
+    }
+
+    fn choose(&mut self) -> Kind {
+        if let Some(range) = self.guest.sweep.pop_front() {
+            return Kind::Read(file_range(&range));
+        }
+        if let Some(range) = self.guest.redo.pop_front() {
+            return Kind::Write(file_range(&range));
+        }
+        if std::mem::take(&mut self.guest.flush_first) {
+            return Kind::Flush;
+        }
+        let discards = self.scenario.discards;
+        let flushes = self.scenario.flushes;
+        let draw = self.rng.below(1000);
+        if draw < flushes {
+            return Kind::Flush;
+        }
+        if draw < flushes + discards && !self.scenario.identity() {
+            if let Some(range) = self.free_range() {
+                return Kind::Discard(file_range(&range));
+            }
+        } else if self.rng.chance(500) {
+            if let Some(range) = self.free_range() {
+                return Kind::Write(file_range(&range));
+            }
+            if let Some(range) = self.range_under_way() {
+                self.hit(Hazard::Overlap);
+                return Kind::Write(file_range(&range));
+            }
+        }
+        Kind::Read(file_range(&self.any_range()))
+    }
+
+    /// A range nothing is writing to.
+    fn free_range(&mut self) -> Option<Range<usize>> {
+        for _ in 0..4 {
+            let range = self.any_range();
+            if range.clone().all(|s| !self.model.contended(s)) {
+                return Some(range);
+            }
+        }
+        None
+    }
+
+    /// A range that is being written, for a second write to the same sectors. Writes that overlap
+    /// otherwise are the guest's mistake, and may cost it a neighbour in the same block.
+    fn range_under_way(&mut self) -> Option<Range<usize>> {
+        let writes = self.guest.pending.values();
+        let ranges: Vec<_> = writes
+            .filter(|p| matches!(p.request.kind, Kind::Write(_)))
+            .map(|p| p.sectors.clone())
+            .collect();
+        let choice = self.rng.index(ranges.len());
+        ranges.into_iter().nth(choice)
+    }
+
+    fn any_range(&mut self) -> Range<usize> {
+        let window = self.window();
+        let spb = self.host.spb;
+        let len = match self.rng.below(10) {
+            0..5 => 1 + self.rng.index(spb),
+            5..8 => 1 + self.rng.index(4 * spb),
+            8 => spb * (1 + self.rng.index(3)),
+            _ => 1 + self.rng.index(self.scenario.longest),
+        };
+        let at = if self.rng.chance(self.scenario.focus) {
+            let hot = self.rng.index(self.guest.hot.len());
+            let near = self.guest.hot[hot] + self.rng.index(16);
+            if self.rng.chance(300) { near - near % spb } else { near }
+        } else {
+            window.start + self.rng.index(window.len())
+        };
+        let start = at.clamp(window.start, window.end - 1);
+        start..(start + len).min(window.end)
+    }
+
+    /// An answer comes back: everything the guest may rely on is checked here.
+    pub(super) fn answered(&mut self, worker: WorkerId, tag: Tag, status: Status) {
+        self.trace(|| format!("w{} tag {} answered {status:?}", worker.0, tag.0));
+        let Some(pending) = self.guest.pending.remove(&(worker, tag)) else {
+            self.fail(format!("w{} tag {}: an answer nobody waits for", worker.0, tag.0));
+            return;
+        };
+        self.guest.answered += 1;
+        let ok = status == Status::Ok;
+        if !ok && !self.guest.excused {
+            self.fail(format!("{:?} failed without a cause: {status:?}", pending.request.kind));
+        }
+        match pending.request.kind {
+            Kind::Read(_) if ok => self.check_read(&pending),
+            Kind::Read(_) => {}
+            Kind::Write(_) => self.write_ended(&pending, ok),
+            Kind::Discard(_) => {
+                self.model.end(pending.number, pending.sectors.clone(), false);
+            }
+            Kind::Flush => self.flush_ended(&pending, ok),
+        }
+    }
+
+    fn check_read(&mut self, pending: &Pending) {
+        for (i, saw) in pending.memory.iter().enumerate() {
+            let sector = pending.sectors.start + i;
+            if self.model.is_wild(sector) {
+                continue;
+            }
+            let admissible = &pending.admissible[i];
+            if !admissible.contains(saw) {
+                let wrong = Wrong { sector, saw: *saw, admissible: admissible.clone() };
+                self.fail(format!("read {}: {wrong}", pending.number));
+                return;
+            }
+            self.model.observed(sector, *saw, pending.began);
+        }
+    }
+
+    fn write_ended(&mut self, pending: &Pending, ok: bool) {
+        self.model.end(pending.number, pending.sectors.clone(), ok);
+        if ok && pending.write_through && self.guest.write_through {
+            self.model.durable(pending.number, pending.sectors.clone());
+            if pending.after_failure && self.guest.flush_failed {
+                self.fail("write-through write succeeded after a failed flush (R16)".into());
+            }
+        }
+    }
+
+    fn flush_ended(&mut self, pending: &Pending, ok: bool) {
+        if !ok {
+            self.hit(Hazard::FailedFlush);
+            self.guest.flush_failed = true;
+            return;
+        }
+        let open = self.guest.pending.values().find(|p| pending.earlier.contains(&p.number));
+        // Write-through requests that have ended wait for a flush themselves, perhaps for this one.
+        if let Some(open) = open
+            && !self.guest.ever_write_through
+        {
+            let what = format!("flush {} ended before request {}", pending.number, open.number);
+            self.fail(format!("{what}, which was accepted earlier (R13)"));
+        }
+        if pending.after_failure && self.guest.flush_failed {
+            self.fail("flush succeeded after a failed one (R16)".into());
+        }
+        self.model.flushed(pending.began);
+    }
+
+    /// The daemon died: nobody answers any more. The guest will write again where it had
+    /// written, as soon as it can.
+    pub(super) fn drop_requests(&mut self) {
+        self.guest.flush_failed = false;
+        for pending in std::mem::take(&mut self.guest.pending).into_values() {
+            if matches!(pending.request.kind, Kind::Write(_)) {
+                self.guest.redo.push_back(pending.sectors);
+            }
+            self.guest.to_issue += 1;
+        }
+    }
+}
+
+fn file_range(sectors: &Range<usize>) -> FileRange {
+    FileRange::new(bytes(sectors.start), bytes(sectors.end))
+}

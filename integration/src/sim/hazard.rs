@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The dangers a run must have met: one that was never met proves nothing.
+
+macro_rules! hazards {
+    ($($name:ident $text:literal,)*) => {
+        /// A danger of the design page.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        pub(super) enum Hazard { $($name,)* }
+
+        impl Hazard {
+            const NAMES: &[&str] = &[$($text,)*];
+        }
+    };
+}
+
+hazards! {
+    BreakWithRawInFlight "break with raw in flight",
+    FiemapDuringFileWrite "FIEMAP during a file write",
+    OddEdgePunch "odd-edge punch",
+    CrossQueueDrain "cross-queue drain",
+    FlushDuringBreak "flush during break",
+    ForcedBreak "forced break",
+    LateBreak "late break",
+    BreakWhileEntering "break while entering",
+    OpenedWithoutWaiting "opener that did not wait",
+    GhostWrite "ghost write",
+    BufferedFallback "direct write gone buffered",
+    StuckPage "page that DONTNEED left",
+    StalePage "page older than the disk",
+    SizeChange "size change without break",
+    CutShort "FIEMAP answer cut short",
+    Eviction "eviction",
+    ShortTransfer "short transfer",
+    IoError "I/O error",
+    NoSpace "out of space",
+    FailedFlush "failed flush",
+    Kill "kill",
+    PowerCut "power cut",
+    CopyOnWrite "copy on write",
+    Bounced "unaligned guest memory",
+    SessionChange "session change",
+    WorkerStall "stalled worker",
+    LyingMap "map that lies",
+    Overlap "overlapping guest writes",
+    WriteThrough "write-through",
+}
+
+/// How often each was met.
+#[derive(Clone, Debug)]
+pub(super) struct Hazards(Vec<u64>);
+
+impl Default for Hazards {
+    fn default() -> Self {
+        Self(vec![0; Hazard::NAMES.len()])
+    }
+}
+
+impl Hazards {
+    pub(super) fn hit(&mut self, hazard: Hazard) {
+        self.0[hazard as usize] += 1;
+    }
+
+    pub(super) fn add(&mut self, other: &Self) {
+        for (sum, n) in self.0.iter_mut().zip(&other.0) {
+            *sum += n;
+        }
+    }
+
+    pub(super) fn total(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(super) fn met(&self) -> usize {
+        self.0.iter().filter(|n| **n > 0).count()
+    }
+
+    /// Names and counts.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        Hazard::NAMES.iter().copied().zip(self.0.iter().copied())
+    }
+}

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Rules switched off one at a time, to show that the simulator notices.
+
+use clap::ValueEnum;
+use extentd::engine::Rules;
+
+/// A rule that does not hold in this run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Mutant {
+    /// R9: a FIEMAP answer is believed whatever was written meanwhile.
+    NoGeneration,
+    /// R12 and R2: nothing waits for raw I/O in flight.
+    NoDrain,
+    /// R3: the page cache is not looked at after it was told to go.
+    NoCacheCheck,
+    /// R1a: lease and lock do not outlive a killed daemon's I/O.
+    NoFence,
+    /// R14: a flush does not commit the file's metadata.
+    NoMetadataFsync,
+    /// R12: discards are punched as the guest asked for them.
+    PunchUnrounded,
+}
+
+impl Mutant {
+    /// All of them.
+    pub const ALL: &[Self] = &[
+        Self::NoGeneration,
+        Self::NoDrain,
+        Self::NoCacheCheck,
+        Self::NoFence,
+        Self::NoMetadataFsync,
+        Self::PunchUnrounded,
+    ];
+
+    /// The engine's rules under it; two of the mutants are the world's.
+    pub(super) fn rules(this: Option<Self>) -> Rules {
+        match this {
+            Some(Self::NoGeneration) => Rules::without_generation(),
+            Some(Self::NoDrain) => Rules::without_drain(),
+            Some(Self::NoMetadataFsync) => Rules::without_metadata_sync(),
+            Some(Self::PunchUnrounded) => Rules::without_punch_rounding(),
+            Some(Self::NoCacheCheck | Self::NoFence) | None => Rules::default(),
+        }
+    }
+}

@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The engine's one door to the world, [`Io`], and the operations in flight behind it.
+
+use std::ops::Range;
+use std::task::Poll;
+use std::time::Duration;
+
+use extentd::engine::io::{Buf, Target};
+use extentd::engine::message::WorkerId;
+use extentd::engine::{Completion, Io, Op, OpId};
+
+use super::disk::{Stamp, ZERO};
+use super::hazard::Hazard;
+use super::host::{Copies, ENOSPC};
+use super::layout::NOWHERE;
+use super::scenario::sectors;
+use super::world::{Event, World};
+
+/// An I/O error, negated.
+pub(super) const EIO: i32 = -5;
+
+/// Not aligned for direct I/O, negated.
+const EINVAL: i32 = -22;
+
+/// What an operation is to the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Class {
+    RawRead,
+    RawWrite,
+    FileRead,
+    FileWrite,
+    SyncImage,
+    SyncDevice,
+}
+
+impl Class {
+    pub(super) const fn is_raw(self) -> bool {
+        matches!(self, Self::RawRead | Self::RawWrite)
+    }
+
+    /// Steps before the end.
+    const fn steps(self) -> u8 {
+        match self {
+            Self::RawRead | Self::RawWrite | Self::FileRead => 2,
+            Self::FileWrite => 3,
+            Self::SyncImage | Self::SyncDevice => 1,
+        }
+    }
+}
+
+/// An operation in flight.
+#[derive(Clone, Debug)]
+pub(super) struct InFlight {
+    pub(super) life: u32,
+    pub(super) worker: WorkerId,
+    pub(super) id: OpId,
+    pub(super) class: Class,
+    buf: Option<Buf>,
+    /// Sectors of the device if raw, else of the file.
+    pub(super) sectors: Range<usize>,
+    /// Blocks of the file.
+    pub(super) blocks: Vec<usize>,
+    /// Sectors that will be moved.
+    moved: usize,
+    error: i32,
+    step: u8,
+    /// The second half reaches the disk first.
+    swapped: bool,
+    /// Falls back to the page cache.
+    buffered: bool,
+    /// The kernel syncs and drops what fell back before it answers.
+    tidy: bool,
+    copies: Copies,
+    /// The memory, pinned, once the daemon that owned it is dead.
+    pub(super) pinned: Option<Vec<Stamp>>,
+    /// A ghost's further delay.
+    pub(super) hold: u64,
+}
+
+impl InFlight {
+    pub(super) const fn buf(&self) -> Option<Buf> {
+        self.buf
+    }
+
+    /// Whether the kernel is at work on the file for it: what changes the layout waits.
+    pub(super) fn holds_layout(&self) -> bool {
+        matches!(self.class, Class::FileRead | Class::FileWrite) && self.step > 0
+    }
+}
+
+/// One worker's door.
+pub(super) struct Port<'a> {
+    pub(super) world: &'a mut World,
+    pub(super) worker: WorkerId,
+}
+
+impl Io for Port<'_> {
+    fn submit(&mut self, id: OpId, op: Op) -> Poll<i32> {
+        let world = &mut *self.world;
+        world.trace(|| format!("w{} submit {} {op:?}", self.worker.0, id.0));
+        match op {
+            Op::ConfirmLease => {
+                let ours = world.scenario.identity() || world.lease.is_undisturbed();
+                Poll::Ready(i32::from(ours))
+            }
+            Op::Zero(buf) => {
+                for i in 0..sectors(u64::from(buf.len())) {
+                    world.memory_set(self.worker, buf, i, ZERO);
+                }
+                Poll::Ready(0)
+            }
+            Op::Copy { from, to } => {
+                if from.len() != to.len() {
+                    world.fail(format!("copy of unequal lengths: {op:?}"));
+                }
+                for i in 0..sectors(u64::from(to.len())) {
+                    let stamp = world.memory_get(self.worker, from, i);
+                    world.memory_set(self.worker, to, i, stamp);
+                }
+                Poll::Ready(0)
+            }
+            _ => world.start(self.worker, id, op),
+        }
+    }
+
+    fn reap(&mut self) -> Option<Completion> {
+        self.world.ended.get_mut(&self.worker)?.pop_front()
+    }
+
+    fn now(&self) -> Duration {
+        Duration::from_micros(self.world.now)
+    }
+}
+
+impl World {
+    fn start(&mut self, worker: WorkerId, id: OpId, op: Op) -> Poll<i32> {
+        let (class, place, buf) = match op {
+            Op::Read(Target::Device(at), buf) => (Class::RawRead, at.0, Some(buf)),
+            Op::Write(Target::Device(at), buf) => (Class::RawWrite, at.0, Some(buf)),
+            Op::Read(Target::Image(at), buf) => (Class::FileRead, at, Some(buf)),
+            Op::Write(Target::Image(at), buf) => (Class::FileWrite, at, Some(buf)),
+            Op::SyncDevice(at, _) => (Class::SyncDevice, at.0, None),
+            _ => (Class::SyncImage, 0, None),
+        };
+        let first = sectors(place);
+        let count = buf.map_or(0, |b| sectors(u64::from(b.len())));
+        let mut flight = InFlight {
+            life: self.life,
+            worker,
+            id,
+            class,
+            buf,
+            sectors: first..first + count,
+            blocks: Vec::new(),
+            moved: count,
+            error: 0,
+            step: 0,
+            swapped: self.rng.chance(500),
+            buffered: false,
+            tidy: self.rng.chance(300),
+            copies: Copies::new(),
+            pinned: None,
+            hold: 0,
+        };
+        flight.blocks = match class {
+            _ if class.is_raw() => self.file_blocks(&flight.sectors),
+            Class::SyncImage | Class::SyncDevice => Vec::new(),
+            _ => self.host.blocks_of(&flight.sectors).collect(),
+        };
+        self.check_submit(&flight, place);
+        if self.is_odd_end(&flight, place) {
+            return Poll::Ready(EINVAL);
+        }
+        if self.scenario.errors > 0 && self.rng.chance(self.scenario.errors / 4) {
+            self.hit(Hazard::IoError);
+            self.note_error();
+            return Poll::Ready(EIO);
+        }
+        self.draw_faults(&mut flight);
+        self.raw += u64::from(class.is_raw());
+        let key = self.next_key;
+        self.next_key += 1;
+        self.ops.insert(key, flight);
+        let delay = self.op_delay();
+        self.after(delay, Event::Step(key));
+        Poll::Pending
+    }
+
+    /// Chooses errors, short transfers and the way through the page cache.
+    fn draw_faults(&mut self, flight: &mut InFlight) {
+        let align = sectors(u64::from(if flight.class.is_raw() {
+            self.scenario.geometry.dev_block
+        } else {
+            self.scenario.geometry.file_align
+        }));
+        let units = flight.moved / align;
+        if flight.class == Class::FileWrite {
+            let blocks = &flight.blocks;
+            let fresh = blocks.iter().any(|b| self.host.layout.block(*b).place == NOWHERE);
+            let shared = blocks.iter().any(|b| self.host.layout.block(*b).shared);
+            if fresh && self.rng.chance(self.scenario.no_space) {
+                flight.error = ENOSPC;
+                self.hit(Hazard::NoSpace);
+            }
+            if shared {
+                self.hit(Hazard::CopyOnWrite);
+            }
+            let spb = self.host.spb;
+            let partial = !flight.sectors.start.is_multiple_of(spb)
+                || !flight.sectors.end.is_multiple_of(spb);
+            let more = if fresh || shared || partial { 1 } else { 4 };
+            flight.buffered = self.rng.chance(self.scenario.fallback / more);
+        } else if flight.class == Class::FileRead {
+            flight.buffered = self.rng.chance(self.scenario.buffered_reads);
+        }
+        if self.rng.chance(self.scenario.errors) {
+            flight.error = EIO;
+            flight.moved = align * self.rng.index(units + 1);
+            self.hit(Hazard::IoError);
+        } else if units > 1 && self.rng.chance(self.scenario.shorts) {
+            flight.moved = align * (1 + self.rng.index(units - 1));
+            self.hit(Hazard::ShortTransfer);
+        }
+        if flight.class == Class::FileWrite && flight.moved < flight.sectors.len() {
+            self.stop_at_block(flight);
+        }
+        if flight.error != 0 {
+            self.note_error();
+        }
+        if flight.error == ENOSPC {
+            flight.moved = 0;
+        }
+    }
+
+    /// A file write that ends early inside a block fills the block up, which the kernel does only
+    /// when nobody else writes it; and a failed one converts whole blocks or none.
+    fn stop_at_block(&self, flight: &mut InFlight) {
+        let end = flight.sectors.start + flight.moved;
+        let block = end / self.host.spb;
+        let alone =
+            !self.ops.values().any(|o| o.class == Class::FileWrite && o.blocks.contains(&block));
+        let whole = (block * self.host.spb).saturating_sub(flight.sectors.start);
+        if flight.error != 0 {
+            flight.moved = whole;
+        } else if !alone {
+            flight.moved = if whole > 0 { whole } else { flight.sectors.len() };
+        }
+    }
+
+    fn op_delay(&mut self) -> u64 {
+        let high = if self.rng.chance(self.scenario.slow) { 40_000 } else { 1_500 };
+        self.delay(20, high)
+    }
+
+    /// An operation goes on: one of its steps, or its end.
+    pub(super) fn step(&mut self, key: u64) {
+        let Some(mut flight) = self.ops.remove(&key) else { return };
+        if flight.hold > 0 {
+            let hold = std::mem::take(&mut flight.hold);
+            self.ops.insert(key, flight);
+            self.after(hold, Event::Step(key));
+            return;
+        }
+        if flight.step == flight.class.steps() {
+            self.end_op(key, &flight);
+            return;
+        }
+        match flight.class {
+            Class::RawRead | Class::RawWrite => self.raw_step(key, &flight),
+            Class::FileRead => self.file_read_step(&mut flight),
+            Class::FileWrite => self.file_write_step(key, &mut flight),
+            Class::SyncImage if flight.error == 0 => self.host.fsync(),
+            Class::SyncDevice if flight.error == 0 => self.host.disk.flush(),
+            Class::SyncImage | Class::SyncDevice => {}
+        }
+        flight.step += 1;
+        self.ops.insert(key, flight);
+        let delay = self.op_delay() / 2 + 1;
+        self.after(delay, Event::Step(key));
+    }
+
+    /// Half of a raw transfer; a ghost's is checked like any other.
+    fn raw_step(&mut self, key: u64, flight: &InFlight) {
+        let middle = flight.moved / 2;
+        let first = (flight.step == 0) != flight.swapped;
+        let part = if first { 0..middle } else { middle..flight.moved };
+        if flight.class == Class::RawWrite && flight.life != self.life && !part.is_empty() {
+            self.hit(Hazard::GhostWrite);
+        }
+        for i in part {
+            let sector = flight.sectors.start + i;
+            self.check_place(sector, flight.class == Class::RawWrite, "landing");
+            if flight.class == Class::RawWrite {
+                let stamp = self.data(flight, i);
+                self.host.disk.write(sector, stamp, key);
+            } else if let Some(buf) = flight.buf {
+                let stamp = self.host.disk.read(sector);
+                self.receive(flight, buf, i, stamp);
+            }
+        }
+    }
+
+    fn file_read_step(&mut self, flight: &mut InFlight) {
+        if flight.step == 0 {
+            if !flight.buffered {
+                self.host.sync_range(&flight.sectors);
+            }
+            return;
+        }
+        let there = self.host.layout.size().saturating_sub(flight.sectors.start);
+        flight.moved = flight.moved.min(there);
+        let Some(buf) = flight.buf else { return };
+        for i in 0..flight.moved {
+            let sector = flight.sectors.start + i;
+            let stamp = if flight.buffered {
+                self.host.buffered_read(sector)
+            } else {
+                self.host.stored(sector)
+            };
+            self.receive(flight, buf, i, stamp);
+        }
+    }
+
+    fn file_write_step(&mut self, key: u64, flight: &mut InFlight) {
+        if flight.moved == 0 {
+            return;
+        }
+        let range = flight.sectors.start..flight.sectors.start + flight.moved;
+        self.trace(|| {
+            let way = if flight.buffered { "buffered" } else { "direct" };
+            format!("file write of sectors {range:?}, {way}, step {}", flight.step)
+        });
+        match (flight.buffered, flight.step) {
+            (true, 0) => {
+                self.hit(Hazard::BufferedFallback);
+                for i in 0..flight.moved {
+                    let stamp = self.data(flight, i);
+                    self.host.buffered_write(range.start + i, stamp);
+                }
+                self.maybe_stick(range.start);
+            }
+            (true, 1) if flight.tidy => {
+                self.host.sync_range(&range);
+                self.drop_pages(&range);
+            }
+            (true, 2) => {
+                let later = self.delay(100, 20_000);
+                self.after(later, Event::Writeback);
+            }
+            (true, _) => {}
+            (false, 0) => match self.host.prepare(&range, &mut self.rng) {
+                Some(copies) => flight.copies = copies,
+                None => flight.moved = 0,
+            },
+            (false, 1) => {
+                let data: Vec<Stamp> = (0..flight.moved).map(|i| self.data(flight, i)).collect();
+                self.host.transfer(&range, &flight.copies, key, |s| data[s - range.start]);
+            }
+            (false, _) => {
+                // The data's I/O has ended: a commit's barrier covers it.
+                self.host.disk.acknowledge(key);
+                self.host.convert(&range, &flight.copies, &mut self.rng);
+            }
+        }
+    }
+
+    fn end_op(&mut self, key: u64, flight: &InFlight) {
+        self.host.disk.acknowledge(key);
+        if flight.life != self.life || !self.alive {
+            self.trace(|| format!("ghost of w{} ends: {:?}", flight.worker.0, flight.class));
+            self.ghost_ended();
+            return;
+        }
+        let moved = i32::try_from(flight.moved * 512).unwrap_or(i32::MAX);
+        let result = if flight.error == 0 { moved } else { flight.error };
+        self.trace(|| format!("w{} end {} = {result}", flight.worker.0, flight.id.0));
+        let Some(ended) = self.ended.get_mut(&flight.worker) else { return };
+        ended.push_back(Completion { id: flight.id, result });
+        if ended.len() == 1 {
+            let delay = self.delay(1, 60);
+            self.daemon_after(delay, Event::Reap(flight.worker));
+        }
+    }
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The options as typed.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+
+/// Serve a file-backed disk image to a guest over vhost-user, straight from the disk's sectors.
+#[derive(Debug, Parser)]
+#[command(name = "extentd", version, about, long_about = None, max_term_width = 100)]
+pub struct Options {
+    /// Disk image: a regular file or a block device.
+    #[arg(long, value_name = "PATH", required = true)]
+    pub blk_file: PathBuf,
+    /// Listen for the frontend on this Unix socket; a stale socket is replaced, a live one is an
+    /// error.
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+    /// Permissions of the socket, octal [default: 0600].
+    #[arg(long, value_name = "MODE")]
+    pub socket_mode: Option<String>,
+    /// Owner of the socket: a name in /etc/passwd or a number.
+    #[arg(long, value_name = "USER")]
+    pub socket_owner: Option<String>,
+    /// Group of the socket: a name in /etc/group or a number.
+    #[arg(long, value_name = "GROUP")]
+    pub socket_group: Option<String>,
+    /// Inherited Unix socket, listening or connected. Without this and --socket-path, the socket
+    /// systemd passes (LISTEN_FDS) is used.
+    #[arg(long, value_name = "N")]
+    pub fd: Option<RawFd>,
+    /// Offer a read-only disk.
+    #[arg(long)]
+    pub read_only: bool,
+    /// Format of the image; `raw` also serves a file that looks like qcow2, VMDK, VHDX or VDI.
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<Format>,
+    /// How data moves; `direct` refuses to start when direct mode cannot be had.
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    pub mode: Mode,
+    /// Write cache the guest starts with.
+    #[arg(long, value_name = "CACHE", default_value = "writeback")]
+    pub cache: Cache,
+    /// Request queues offered, 1 to 64.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub num_queues: u32,
+    /// Largest queue accepted, in descriptors: a power of two, at most 32768.
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub queue_size: u32,
+    /// Worker threads, at most --num-queues [default: the CPUs, at most --num-queues].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<u32>,
+    /// Where in the image the disk begins, in bytes; suffixes KiB, MiB, GiB, TiB.
+    #[arg(long, value_name = "BYTES", default_value = "0")]
+    pub offset: String,
+    /// Size of the disk at most, in bytes; suffixes KiB, MiB, GiB, TiB [default: all of the image].
+    #[arg(long, value_name = "BYTES")]
+    pub size_limit: Option<String>,
+    /// Logical block size the guest sees, in bytes: 512 or 4096.
+    #[arg(long, value_name = "BYTES", default_value_t = 512)]
+    pub block_size: u32,
+    /// Serial number of the disk, at most 20 bytes [default: made from the image's identity].
+    #[arg(long, value_name = "TEXT")]
+    pub serial: Option<String>,
+    /// Extents of the image's map kept in memory at most, 32 bytes each.
+    #[arg(long, value_name = "N", default_value_t = 1 << 20)]
+    pub max_extents: usize,
+    /// Control socket for extentctl, mode 0600.
+    #[arg(long, value_name = "PATH")]
+    pub control_path: Option<PathBuf>,
+    /// Print what this backend can do as JSON and exit; everything else is ignored.
+    #[arg(long)]
+    pub print_capabilities: bool,
+    /// Least important messages logged to stderr.
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    pub log_level: LogLevel,
+    /// Format of the log.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// `--format`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Format {
+    /// The file's bytes are the disk's.
+    Raw,
+}
+
+/// `--mode`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Mode {
+    /// Direct when it can be had, else through the filesystem.
+    Auto,
+    /// Direct, or do not start.
+    Direct,
+    /// Always through the filesystem.
+    Filesystem,
+}
+
+/// `--cache`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Cache {
+    /// Writes are durable after a FLUSH.
+    Writeback,
+    /// Writes are durable when they complete.
+    Writethrough,
+}
+
+/// `--log-level`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum LogLevel {
+    /// Nothing.
+    Off,
+    /// Only what went wrong.
+    Error,
+    /// And what may.
+    Warn,
+    /// And what happens: modes, sessions.
+    Info,
+    /// And how.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+/// `--log-format`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The pure core: requests, the extent map, planning, the barrier, ownership of the layout.
+//!
+//! No I/O, no clock, no threads, no unsafe. A [`Worker`] owns the requests of one queue thread and
+//! drives them through an [`Io`]; the one [`Keeper`] of an image owns its mode and map, decides who
+//! may write through the file where, and orders drains. They exchange messages only. The daemon and
+//! the simulator drive the same two types.
+//!
+//! ```text
+//! virtio ──Request──► Worker ──Op──► Io            (io_uring, or the simulated disk)
+//!                      ▲  │
+//!           ToWorker   │  │ ToKeeper
+//!                      │  ▼
+//!  lease, timer ────► Keeper ──Action──► helper thread (FIEMAP, fsync, punch), lease
+//!                         └──publishes──► Shared (mode + extent map) ──read by──► Worker
+//! ```
+
+pub mod barrier;
+pub mod counters;
+pub mod extent;
+pub mod io;
+pub mod keeper;
+pub mod locks;
+pub mod message;
+mod ops;
+pub mod plan;
+pub mod request;
+pub mod rules;
+pub mod shared;
+#[cfg(test)]
+mod testing;
+pub mod units;
+pub mod worker;
+
+use std::time::Duration;
+
+pub use io::{Completion, Io, Op, OpId, Tag};
+pub use keeper::Keeper;
+pub use rules::Rules;
+pub use worker::Worker;
+
+/// Sizes and alignments, fixed when the image was opened. All powers of two unless said.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Geometry {
+    /// Size of the image file in bytes (any number); block-wise file writes never go past it.
+    pub file_size: u64,
+    /// The filesystem's block size in bytes: the granule of file writes and locks (R10a).
+    pub fs_block: u32,
+    /// What offset and length of O_DIRECT through the file must be multiples of, in bytes.
+    pub file_align: u32,
+    /// The device's logical block size in bytes: the same for raw access.
+    pub dev_block: u32,
+    /// What guest addresses and lengths must be multiples of to be used without bouncing.
+    pub mem_align: u32,
+    /// Size of a bounce buffer; at least `fs_block` and `dev_block`.
+    pub bounce_bytes: u32,
+    /// Bounce buffers a worker has (any number above 0).
+    pub bounce_slots: u32,
+    /// Operations a worker may have in flight (any number above 0).
+    pub ops: u32,
+    /// How long a confirmed lease counts before it is asked for again (R2a: a quarter of the
+    /// lease-break time); `None` for a block device, which has no lease.
+    pub lease_fresh: Option<Duration>,
+}

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Planning: what a request needs before it may start, and the pieces it moves in (R10, R10a, R11).
+
+use super::Geometry;
+use super::extent::{Extent, Hint, State};
+use super::shared::{Mode, View};
+use super::units::{DeviceOffset, FileRange};
+
+/// Most bytes of one operation; keeps lengths inside `u32` and the kernel's `i32` results.
+const MAX_PIECE: u64 = 1 << 30;
+
+/// What has to be arranged with the keeper before any piece of a request may be moved.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Need {
+    /// Nothing.
+    Nothing,
+    /// The map does not know all of it.
+    Map,
+    /// It writes through the file, or part of a block: the range must be locked.
+    Lock,
+}
+
+/// How a piece moves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Route {
+    /// Straight to the device.
+    Device(DeviceOffset),
+    /// Through the host filesystem.
+    File,
+    /// No I/O: it reads as zeros.
+    Zero,
+}
+
+/// A part of a request that moves in one operation, or in a read-modify-write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Piece {
+    /// The guest's bytes.
+    pub range: FileRange,
+    /// What is transferred: `range`, or the whole block around it.
+    pub unit: FileRange,
+    /// How. For the device: where `unit` starts.
+    pub route: Route,
+    /// Whether it goes through a bounce buffer.
+    pub bounce: bool,
+}
+
+impl Piece {
+    /// Whether more is transferred than the guest asked for.
+    #[must_use]
+    pub fn partial(&self) -> bool {
+        self.unit != self.range
+    }
+}
+
+/// A request's direction and what it holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Access {
+    /// A write.
+    pub write: bool,
+    /// The keeper has locked its range for it.
+    pub locked: bool,
+    /// Its guest memory is fit for O_DIRECT.
+    pub mem_aligned: bool,
+    /// Where it begins in the file: guest memory is counted from there.
+    pub base: u64,
+}
+
+/// What `rest`, the part of a request still to be planned, needs first.
+///
+/// Under a lock a write needs nothing more: what is not cached then is written through the file, which
+/// is right wherever the blocks are, because nobody else can have them mapped raw.
+#[must_use]
+pub fn need(view: &View, g: &Geometry, access: Access, rest: FileRange, hint: &mut Hint) -> Need {
+    if access.write && access.locked {
+        return Need::Nothing;
+    }
+    if view.mode == Mode::Filesystem {
+        let whole = file_unit(g, rest, u64::from(g.fs_block)) == rest;
+        return if access.write && !whole { Need::Lock } else { Need::Nothing };
+    }
+    let mut lock = access.write && !rest.aligned(u64::from(g.dev_block));
+    let mut at = rest.start;
+    while at < rest.end {
+        let Some(extent) = view.map.lookup(at, hint) else { return Need::Map };
+        lock |= access.write && extent.state != State::Mapped;
+        at = extent.range.end;
+    }
+    if lock { Need::Lock } else { Need::Nothing }
+}
+
+/// The first piece of `rest`, whose needs are met. Never empty unless `rest` is.
+#[must_use]
+pub fn next_piece(
+    view: &View,
+    g: &Geometry,
+    access: Access,
+    rest: FileRange,
+    hint: &mut Hint,
+) -> Piece {
+    let extent = match view.mode {
+        Mode::Filesystem => opaque(rest),
+        Mode::Direct => view
+            .map
+            .lookup(rest.start, hint)
+            .unwrap_or_else(|| opaque(view.map.first_gap(rest).unwrap_or(rest))),
+    };
+    let run = rest.intersect(&extent.range);
+    let run = FileRange::new(run.start, run.end.min(run.start + MAX_PIECE));
+    match (extent.state, access.write) {
+        (State::Mapped, _) | (State::Shared, false) => {
+            let unit = unit_of(run, u64::from(g.dev_block), u64::MAX);
+            // The keeper caches whole blocks only, so a block lies in one extent. Were it ever
+            // otherwise, the file knows better than an extrapolated address.
+            let inside = extent.range.contains(&unit);
+            debug_assert!(inside, "{unit:?} reaches out of {extent:?}");
+            let route = if inside { Route::Device(extent.place(unit.start)) } else { Route::File };
+            cut(g, access, run, unit, route)
+        }
+        (State::Hole | State::Unwritten, false) => {
+            Piece { range: run, unit: run, route: Route::Zero, bounce: false }
+        }
+        (_, write) => {
+            let block = if write { g.fs_block } else { g.file_align };
+            let unit = unit_of(run, u64::from(block), g.file_size);
+            cut(g, access, run, unit, Route::File)
+        }
+    }
+}
+
+const fn opaque(range: FileRange) -> Extent {
+    Extent { range, device: DeviceOffset(0), state: State::Opaque }
+}
+
+/// `range` rounded out to blocks, but not past the end of the file.
+#[must_use]
+pub fn file_unit(g: &Geometry, range: FileRange, block: u64) -> FileRange {
+    let unit = range.round_out(block);
+    FileRange::new(unit.start, unit.end.min(g.file_size.max(range.end)))
+}
+
+/// What to transfer first for `run`: its whole blocks if it starts with one, else the block its
+/// start lies in. The last block of a file may be cut short at `end`.
+fn unit_of(run: FileRange, block: u64, end: u64) -> FileRange {
+    let first = FileRange::new(run.start, run.start + 1).round_out(block);
+    let first = FileRange::new(first.start, first.end.min(end.max(run.end)));
+    if run.start > first.start || run.end < first.end {
+        return first;
+    }
+    if run.end == end {
+        return run;
+    }
+    FileRange::new(run.start, (run.end & !(block - 1)).max(first.end))
+}
+
+/// The piece of `run` that transferring `unit` moves; cut to a bounce buffer if it needs one.
+fn cut(g: &Geometry, access: Access, run: FileRange, unit: FileRange, route: Route) -> Piece {
+    let range = unit.intersect(&run);
+    if range != unit {
+        return Piece { range, unit, route, bounce: true };
+    }
+    // A piece behind an odd head begins at an odd place of memory whose own beginning is even.
+    let at = range.start.saturating_sub(access.base);
+    if access.mem_aligned && (at | range.len()).is_multiple_of(u64::from(g.mem_align)) {
+        return Piece { range, unit, route, bounce: false };
+    }
+    let end = range.end.min(range.start + u64::from(g.bounce_bytes));
+    let range = FileRange::new(range.start, end);
+    Piece { range, unit: range, route, bounce: true }
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

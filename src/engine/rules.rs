@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The rules of the core that the simulator may switch off one by one, to show that it notices.
+
+/// Which rules hold. In the daemon all of them, always: only a build with the feature `mutants`
+/// can make another value.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rules {
+    /// R9: a FIEMAP answer counts only where nothing was written through the file meanwhile.
+    pub(super) generation: bool,
+    /// R12: layout changes and lease breaks wait for raw I/O in flight.
+    pub(super) drain: bool,
+    /// R14: a flush commits the file's metadata when it may have changed.
+    pub(super) metadata_sync: bool,
+    /// R12: only whole blocks are punched.
+    pub(super) punch_rounded: bool,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self { generation: true, drain: true, metadata_sync: true, punch_rounded: true }
+    }
+}
+
+#[cfg(feature = "mutants")]
+impl Rules {
+    /// All rules but R9's generation check.
+    #[must_use]
+    pub fn without_generation() -> Self {
+        Self { generation: false, ..Self::default() }
+    }
+
+    /// All rules but R12's (and R2's) drain.
+    #[must_use]
+    pub fn without_drain() -> Self {
+        Self { drain: false, ..Self::default() }
+    }
+
+    /// All rules but R14's metadata commit.
+    #[must_use]
+    pub fn without_metadata_sync() -> Self {
+        Self { metadata_sync: false, ..Self::default() }
+    }
+
+    /// All rules but R12's rounding of punches.
+    #[must_use]
+    pub fn without_punch_rounding() -> Self {
+        Self { punch_rounded: false, ..Self::default() }
+    }
+}

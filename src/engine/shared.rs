@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the keeper publishes and the workers read: the mode and the map, as immutable views.
+//!
+//! A worker looks at one atomic per request and takes the mutex only when the view has changed,
+//! so the hot path takes no lock. A completion the guest sees is published after the view it
+//! depends on (R10: re-map, *then* complete), and a worker looks at the version after it has taken a
+//! request from the ring: a guest that saw a write complete never gets an older map for its next read.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::extent::ExtentMap;
+
+/// How data moves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Mode {
+    /// Everything through the host filesystem.
+    #[default]
+    Filesystem,
+    /// By the extent map.
+    Direct,
+}
+
+/// One published state.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    /// How data moves.
+    pub mode: Mode,
+    /// Where the bytes are; empty in filesystem mode.
+    pub map: ExtentMap,
+}
+
+/// The place where views are published.
+#[derive(Debug, Default)]
+pub struct Shared {
+    version: AtomicU64,
+    view: Mutex<Arc<View>>,
+}
+
+impl Shared {
+    /// In filesystem mode, with nothing known.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Publishes a view. Only the keeper does.
+    pub fn publish(&self, view: View) {
+        let view = Arc::new(view);
+        let old = {
+            let mut slot = self.view.lock().unwrap_or_else(PoisonError::into_inner);
+            self.version.fetch_add(1, Ordering::Release);
+            std::mem::replace(&mut *slot, view)
+        };
+        // The old view may be the last of its kind; it is freed outside the lock.
+        drop(old);
+    }
+
+    /// The newest view, and its version.
+    #[must_use]
+    pub fn latest(&self) -> (u64, Arc<View>) {
+        let slot = self.view.lock().unwrap_or_else(PoisonError::into_inner);
+        (self.version.load(Ordering::Relaxed), Arc::clone(&slot))
+    }
+
+    /// The newest version's number.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+}

@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A worker: the requests of one queue thread, from acceptance to their status.
+//!
+//! A request waits (for the map, a lock, a park order to end) or runs, as pieces. Each piece is one
+//! operation of the [`Io`], or two for a read-modify-write; see `ops.rs`.
+
+mod orders;
+mod pending;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Geometry;
+use super::barrier::Generations;
+use super::counters::Counters;
+use super::extent::Hint;
+use super::io::{BounceSlot, Io, Tag};
+use super::message::{ToKeeper, ToWorker};
+use super::ops::{self, OpTable, Running};
+use super::plan::{self, Access, Need, Route};
+use super::request::{Kind, Request, Status};
+use super::rules::Rules;
+use super::shared::{Shared, View};
+use super::units::{DeviceOffset, FileRange};
+use orders::ParkOrder;
+use pending::{Pending, Phase};
+
+/// The requests of one queue thread. See the [module](self).
+#[derive(Debug)]
+pub struct Worker {
+    pub(super) geometry: Geometry,
+    rules: Rules,
+    shared: Arc<Shared>,
+    counters: Arc<Counters>,
+    version: u64,
+    view: Arc<View>,
+    hint: Hint,
+    requests: Vec<Option<Pending>>,
+    in_flight: u32,
+    pub(super) ops: OpTable,
+    pub(super) bounce: Vec<BounceSlot>,
+    parks: Vec<ParkOrder>,
+    parked: VecDeque<Tag>,
+    stalled: VecDeque<Tag>,
+    generations: Generations,
+    /// What was written since the last report to the keeper.
+    raw_written: Option<DeviceOffset>,
+    file_written: bool,
+    dirty_told: bool,
+    begun: bool,
+    /// When the lease was last seen to be ours; `None`: not yet.
+    confirmed: Option<Duration>,
+    lease_lost: bool,
+    write_through: bool,
+    /// A sync ordered by the keeper that waits for a free operation.
+    sync: Option<(bool, Option<DeviceOffset>)>,
+    done: VecDeque<(Tag, Status)>,
+    outbox: VecDeque<ToKeeper>,
+}
+
+impl Worker {
+    /// A worker for at most `max_requests` requests at a time: tags are below that.
+    #[must_use]
+    pub fn new(
+        geometry: Geometry,
+        rules: Rules,
+        shared: Arc<Shared>,
+        counters: Arc<Counters>,
+        max_requests: u32,
+    ) -> Self {
+        let (version, view) = shared.latest();
+        Self {
+            geometry,
+            rules,
+            shared,
+            counters,
+            version,
+            view,
+            hint: Hint::default(),
+            requests: (0..max_requests).map(|_| None).collect(),
+            in_flight: 0,
+            ops: OpTable::new(geometry.ops),
+            bounce: (0..geometry.bounce_slots).rev().map(BounceSlot).collect(),
+            parks: Vec::new(),
+            parked: VecDeque::new(),
+            stalled: VecDeque::new(),
+            generations: Generations::default(),
+            raw_written: None,
+            file_written: false,
+            dirty_told: false,
+            begun: false,
+            confirmed: None,
+            lease_lost: false,
+            write_through: false,
+            sync: None,
+            done: VecDeque::new(),
+            outbox: VecDeque::new(),
+        }
+    }
+
+    /// Takes a request on. A tag that is out of range or taken is a bug of the caller; the
+    /// request is answered with an error then.
+    pub fn accept(&mut self, io: &mut impl Io, tag: Tag, request: Request) {
+        let Some(slot @ None) = self.requests.get_mut(tag.0 as usize) else {
+            debug_assert!(false, "{tag:?} is not free");
+            self.done.push_back((tag, Status::IoError));
+            return;
+        };
+        match request.kind {
+            Kind::Read(_) => self.counters.read.add(1),
+            Kind::Write(_) => self.counters.write.add(1),
+            Kind::Flush => self.counters.flush.add(1),
+            Kind::Discard(_) => self.counters.discard.add(1),
+        }
+        *slot = Some(Pending {
+            request,
+            phase: Phase::Running,
+            next: request.kind.range().start,
+            redo: Vec::new(),
+            pieces: 0,
+            status: Status::Ok,
+            locked: false,
+            wrote_file: false,
+            generation: request.kind.modifies().then(|| self.generations.begin()),
+        });
+        self.in_flight += 1;
+        match request.kind {
+            Kind::Flush => self.ask(tag, ToKeeper::Flush(tag)),
+            Kind::Discard(range) => self.ask(tag, ToKeeper::Discard(tag, range)),
+            Kind::Read(_) | Kind::Write(_) => self.advance(io, tag),
+        }
+        self.pump(io);
+    }
+
+    /// Takes a message from the keeper.
+    pub fn message(&mut self, io: &mut impl Io, message: ToWorker) {
+        match message {
+            ToWorker::Begin => {
+                self.begun = true;
+                self.unpark(io);
+            }
+            ToWorker::Retry(tag) => self.resume(io, tag, |_| ()),
+            ToWorker::Locked(tag) => self.resume(io, tag, |p| p.locked = true),
+            ToWorker::Settled(tag) => self.resume(io, tag, |p| p.locked = false),
+            ToWorker::Discarded(tag, errno) => {
+                self.resume(io, tag, |p| if errno == 0 { p.next = u64::MAX } else { p.fail() });
+            }
+            ToWorker::Flushed(tag, errno) => self.flushed(tag, errno),
+            ToWorker::Park(id, range, drain) => {
+                self.parks.push(ParkOrder { id, range, drain, answered: false });
+                self.answer_parks();
+            }
+            ToWorker::Release(id) => {
+                self.parks.retain(|park| park.id != id);
+                self.lease_lost = false;
+                self.unpark(io);
+            }
+            ToWorker::Point(id) => {
+                self.generations.point(id);
+                self.report_point();
+            }
+            ToWorker::Sync { image, device } => {
+                self.sync = Some((image, device));
+                self.start_sync(io);
+            }
+            ToWorker::Touched => self.dirty_told = false,
+        }
+        self.pump(io);
+    }
+
+    /// Reaps all finished operations and goes on with what they were for.
+    pub fn reap(&mut self, io: &mut impl Io) {
+        while let Some(completion) = io.reap() {
+            self.completed(io, completion.id, completion.result);
+        }
+        self.pump(io);
+    }
+
+    /// Works off what was done at once and starts what waited for room.
+    fn pump(&mut self, io: &mut impl Io) {
+        loop {
+            while let Some((id, result)) = self.ops.pop_ready() {
+                self.completed(io, id, result);
+            }
+            if self.sync.is_some() {
+                self.start_sync(io);
+            }
+            // Each gets one try: one that stalls again goes to the back.
+            for _ in 0..self.stalled.len() {
+                if !self.room() {
+                    break;
+                }
+                let Some(tag) = self.stalled.pop_front() else { break };
+                self.resume(io, tag, |_| ());
+            }
+            if !self.ops.any_ready() {
+                return;
+            }
+        }
+    }
+
+    /// The next finished request; its tag is free again.
+    pub fn poll_done(&mut self) -> Option<(Tag, Status)> {
+        self.done.pop_front()
+    }
+
+    /// The next message for the keeper.
+    pub fn poll_message(&mut self) -> Option<ToKeeper> {
+        self.outbox.pop_front()
+    }
+
+    /// Requests taken and not yet finished.
+    #[must_use]
+    pub const fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    /// Write-through: writes complete only when durable (R15).
+    pub fn set_write_through(&mut self, on: bool) {
+        self.write_through = on;
+    }
+
+    pub(super) fn say(&mut self, message: ToKeeper) {
+        self.outbox.push_back(message);
+    }
+
+    fn ask(&mut self, tag: Tag, message: ToKeeper) {
+        if let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) {
+            pending.phase = Phase::Keeper;
+        }
+        self.outbox.push_back(message);
+    }
+
+    fn room(&self) -> bool {
+        self.ops.has_room() && !self.bounce.is_empty()
+    }
+
+    /// Goes on with a request that waited.
+    fn resume(&mut self, io: &mut impl Io, tag: Tag, change: impl FnOnce(&mut Pending)) {
+        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
+        change(pending);
+        pending.phase = Phase::Running;
+        self.advance(io, tag);
+    }
+
+    fn unpark(&mut self, io: &mut impl Io) {
+        for _ in 0..self.parked.len() {
+            let Some(tag) = self.parked.pop_front() else { break };
+            self.resume(io, tag, |_| ());
+        }
+    }
+
+    fn refresh(&mut self) {
+        if self.shared.version() != self.version {
+            (self.version, self.view) = self.shared.latest();
+        }
+    }
+
+    /// Plans and starts as much of a request as can be; ends it when nothing is left.
+    fn advance(&mut self, io: &mut impl Io, tag: Tag) {
+        self.refresh();
+        loop {
+            let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
+            if pending.phase != Phase::Running {
+                return;
+            }
+            let Some(rest) = pending.rest() else { break };
+            let range = rest.round_out(u64::from(self.geometry.fs_block));
+            let access = Access {
+                write: matches!(pending.request.kind, Kind::Write(_)),
+                locked: pending.locked,
+                mem_aligned: pending.request.mem_aligned,
+                base: pending.request.kind.range().start,
+            };
+            if !self.begun || self.lease_lost || self.parks.iter().any(|p| p.range.overlaps(&range))
+            {
+                pending.phase = Phase::Parked;
+                self.parked.push_back(tag);
+                return;
+            }
+            // A lock is for the whole request: a piece that has to be planned again is inside it.
+            let all = pending.request.kind.range();
+            let need = plan::need(&self.view, &self.geometry, access, rest, &mut self.hint);
+            match need {
+                Need::Nothing => {}
+                Need::Map => return self.ask(tag, ToKeeper::NeedMap(tag, range)),
+                Need::Lock => {
+                    let all = all.round_out(u64::from(self.geometry.fs_block));
+                    return self.ask(tag, ToKeeper::Lock(tag, all));
+                }
+            }
+            if !self.start_piece(io, tag, access, rest) {
+                return;
+            }
+        }
+        self.finish(tag);
+    }
+
+    /// Starts the next piece; `false` if the request has to wait.
+    fn start_piece(&mut self, io: &mut impl Io, tag: Tag, access: Access, rest: FileRange) -> bool {
+        let piece = plan::next_piece(&self.view, &self.geometry, access, rest, &mut self.hint);
+        let stalled = !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
+        let raw = matches!(piece.route, Route::Device(_));
+        // Zeros too: nobody may have filled the hole since the map was read (R2a).
+        let mapped = piece.route != Route::File;
+        let parked = !stalled && mapped && !self.lease_ours(io);
+        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return false };
+        if parked {
+            pending.phase = Phase::Parked;
+            self.parked.push_back(tag);
+            return false;
+        }
+        if stalled {
+            pending.phase = Phase::Stalled;
+            self.stalled.push_back(tag);
+            return false;
+        }
+        pending.advance(piece.range);
+        if piece.route == Route::Zero {
+            self.counters.zero.add(1);
+            ops::zero(io, tag, piece.range, pending.request.kind.range().start);
+            return true;
+        }
+        pending.pieces += 1;
+        pending.wrote_file |= access.write && piece.route == Route::File;
+        let base = pending.request.kind.range().start;
+        let running = Running::new(tag, piece, access.write, base);
+        if raw {
+            self.counters.direct.add(1)
+        } else {
+            self.counters.file.add(1)
+        }
+        if piece.bounce {
+            self.counters.bounced.add(1);
+        }
+        self.launch(io, running);
+        true
+    }
+
+    /// A piece ended; called by `ops.rs`.
+    pub(super) fn piece_done(&mut self, io: &mut impl Io, tag: Tag, ok: bool) {
+        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
+        pending.pieces -= 1;
+        if !ok {
+            pending.fail();
+        }
+        match pending.phase {
+            Phase::Running => self.advance(io, tag),
+            // The rest was cut off by the failure: nothing is waited for any more. The keeper's
+            // answer, if that was it, still comes and finishes the request.
+            Phase::Parked | Phase::Stalled | Phase::Keeper => {}
+        }
+    }
+
+    /// A piece could not be carried to its end under the lease it was planned with.
+    pub(super) fn piece_again(&mut self, io: &mut impl Io, tag: Tag, rest: FileRange) {
+        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
+        pending.pieces -= 1;
+        pending.redo.push(rest);
+        if pending.phase == Phase::Running {
+            self.advance(io, tag);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Single rules, each in the smallest world that shows it.
+
+use super::*;
+use crate::engine::Op;
+use crate::engine::extent::State;
+use crate::engine::io::Target;
+use crate::engine::keeper::Start;
+use crate::engine::message::{Report, Why};
+use crate::engine::testing::{BLOCK, Rig, range};
+
+const HOLES: [State; 16] = [State::Hole; 16];
+const MAPPED: [State; 16] = [State::Mapped; 16];
+
+#[test]
+fn holes_and_unwritten_blocks_read_as_zeros_without_io() {
+    let mut states = HOLES;
+    states[1] = State::Unwritten;
+    let mut rig = Rig::new(states, Start::Eligible);
+    assert_eq!(rig.reports, [Report::Direct]);
+    assert_eq!(rig.read(range(0, 3)), vec![0; 3 * BLOCK as usize]);
+    assert!(rig.world.log.is_empty());
+}
+
+#[test]
+fn a_hole_write_goes_through_the_file_and_is_raw_from_then_on() {
+    let mut rig = Rig::new(HOLES, Start::Eligible);
+    let tag = rig.write(FileRange::new(512, 1024), 9);
+    assert_eq!(rig.done[&tag], Status::Ok);
+    assert_eq!(rig.raw_ops(), 0);
+    let read = rig.read(range(0, 1));
+    assert_eq!((read[511], read[512], read[1023], read[1024]), (0, 9, 9, 0));
+    assert_eq!(rig.raw_ops(), 1);
+    rig.write(range(0, 1), 4);
+    assert_eq!(rig.raw_ops(), 2);
+    assert_eq!(rig.read(range(0, 1)), vec![4; BLOCK as usize]);
+}
+
+#[test]
+fn a_break_waits_for_raw_io_only_and_parks_the_rest_meanwhile() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.read(range(0, 1));
+    rig.world.hold = true;
+    let slow = rig.write(range(1, 1), 7);
+    rig.keeper.lease_break(rig.world.clock);
+    rig.run();
+    let parked = rig.write(range(2, 1), 8);
+    assert!(rig.world.lease && !rig.done.contains_key(&parked));
+    rig.world.hold = false;
+    rig.run();
+    assert!(!rig.world.lease);
+    assert_eq!(rig.reports, [Report::Direct, Report::Filesystem(Why::LeaseBroken)]);
+    assert_eq!((rig.done[&slow], rig.done[&parked]), (Status::Ok, Status::Ok));
+    assert!(matches!(rig.world.log.last(), Some(Op::Write(Target::Image(_), _))));
+    rig.wait(Duration::from_millis(300));
+    assert_eq!(rig.reports.last(), Some(&Report::Direct));
+    assert_eq!(rig.read(range(1, 2))[BLOCK as usize], 8);
+}
+
+#[test]
+fn a_lease_lost_in_our_sleep_stops_raw_writes_before_the_first() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.write(range(0, 1), 1);
+    let before = rig.raw_ops();
+    rig.world.lease = false;
+    rig.world.clock += Duration::from_secs(11);
+    let tag = rig.write(range(0, 1), 2);
+    assert_eq!(rig.done[&tag], Status::Ok);
+    assert_eq!(rig.raw_ops(), before);
+    assert_eq!(rig.reports.last(), Some(&Report::Filesystem(Why::LeaseLost)));
+}
+
+#[test]
+fn a_short_transfer_goes_on_and_an_error_fails_its_request_alone() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.world.hold = true;
+    let short = rig.write(range(0, 1), 3);
+    let bad = rig.write(range(4, 1), 3);
+    rig.world.results.extend([512, -5]);
+    rig.world.hold = false;
+    rig.run();
+    assert_eq!((rig.done[&short], rig.done[&bad]), (Status::Ok, Status::IoError));
+    // The first 512 bytes were only said to be written: the rest must be.
+    assert_eq!(rig.read(range(0, 1))[512..], vec![3; BLOCK as usize - 512]);
+}
+
+#[test]
+fn a_flush_waits_for_the_write_before_it_and_syncs_what_is_dirty() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.world.hold = true;
+    let write = rig.write(range(0, 1), 3);
+    let flush = rig.start(Kind::Flush, Vec::new());
+    assert!(!rig.done.contains_key(&flush));
+    rig.world.hold = false;
+    rig.run();
+    assert_eq!((rig.done[&write], rig.done[&flush]), (Status::Ok, Status::Ok));
+    let tail: Vec<Op> = rig.world.log.split_off(rig.world.log.len() - 2);
+    assert!(matches!(tail[..], [Op::SyncImage, Op::SyncDevice(..)]), "{tail:?}");
+    rig.start(Kind::Flush, Vec::new());
+    assert!(!matches!(rig.world.log.last(), Some(Op::SyncImage)), "nothing is dirty any more");
+}
+
+#[test]
+fn a_discard_punches_whole_blocks_behind_the_raw_io_there() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.read(range(0, 1));
+    rig.world.hold = true;
+    let write = rig.write(range(2, 1), 5);
+    let discard = rig.start(Kind::Discard(FileRange::new(BLOCK + 512, 4 * BLOCK - 512)), vec![]);
+    assert!(!rig.done.contains_key(&discard));
+    assert_eq!(rig.world.states[2], State::Mapped);
+    rig.world.hold = false;
+    rig.run();
+    assert_eq!((rig.done[&write], rig.done[&discard]), (Status::Ok, Status::Ok));
+    assert_eq!(rig.world.states[1..4], [State::Mapped, State::Hole, State::Mapped]);
+    assert_eq!(rig.read(range(2, 1)), vec![0; BLOCK as usize]);
+}
+
+#[test]
+fn write_through_writes_end_with_a_sync() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.worker.set_write_through(true);
+    let tag = rig.write(range(0, 1), 3);
+    assert_eq!(rig.done[&tag], Status::Ok);
+    assert!(matches!(rig.world.log.last(), Some(Op::SyncDevice(..))));
+}
+
+#[test]
+fn a_shared_block_is_read_raw_and_written_through_the_file() {
+    let mut states = MAPPED;
+    states[3] = State::Shared;
+    let mut rig = Rig::new(states, Start::Eligible);
+    rig.read(range(3, 1));
+    assert_eq!(rig.raw_ops(), 1);
+    rig.write(range(2, 3), 6);
+    let writes = rig.world.log.iter().filter(|op| matches!(op, Op::Write(..)));
+    let file = writes.filter(|op| matches!(op, Op::Write(Target::Image(_), _))).count();
+    assert!(file >= 1);
+    assert_eq!(rig.read(range(2, 3)), vec![6; 3 * BLOCK as usize]);
+}
+
+/// Whether the keeper believes FIEMAP's new answer for blocks that nobody wrote through the file
+/// makes a difference when somebody has a raw write in flight there.
+#[test]
+fn settling_a_mixed_write_does_not_take_mapped_blocks_from_under_raw_writes() {
+    let mut states = MAPPED;
+    states[2] = State::Hole;
+    let mut rig = Rig::new(states, Start::Eligible);
+    rig.read(range(0, 4));
+    rig.world.slow = Some(rig.world.device_place(0));
+    let raw = rig.write(FileRange::new(0, 512), 1);
+    // ext2 and ext3 fill holes through the page cache, and it would not become empty.
+    rig.world.cached = true;
+    let mixed = rig.write(FileRange::new(512, 3 * BLOCK), 2);
+    // A read-modify-write of the block would carry old bytes over what `raw` writes.
+    let inside = rig.write(FileRange::new(1024, 1536), 3);
+    rig.world.slow = None;
+    rig.run();
+    for tag in [raw, mixed, inside] {
+        assert_eq!(rig.done[&tag], Status::Ok);
+    }
+    let read = rig.read(range(0, 1));
+    assert_eq!((read[0], read[512], read[1024], read[1536]), (1, 2, 3, 2));
+}

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Opening the one description of the image and locking it, with patience for a killed
+//! predecessor whose last I/O still holds lease, locks or device (R1a).
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FileType, Mode, OFlags, Stat, fcntl_setfl, fstat, major, minor, open, stat};
+use rustix::io::Errno;
+
+use super::error::OpenError;
+use super::locks::{self, Outcome};
+use super::mounts::parse_mountinfo;
+
+/// How often a lock is tried.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// An image, open and locked.
+#[derive(Debug)]
+pub(super) struct Acquired {
+    pub(super) fd: OwnedFd,
+    pub(super) stat: Stat,
+    /// Whether O_DIRECT was accepted.
+    pub(super) direct_io: bool,
+    pub(super) is_block_device: bool,
+}
+
+/// Waits for somebody else, up to a limit, and says so once.
+struct Patience<'a> {
+    path: &'a Path,
+    wait: Duration,
+    since: Instant,
+    said: bool,
+}
+
+impl<'a> Patience<'a> {
+    fn new(path: &'a Path, wait: Duration) -> Self {
+        Self { path, wait, since: Instant::now(), said: false }
+    }
+
+    /// A pause; `false` when the time is up.
+    fn pause(&mut self) -> bool {
+        let left = self.wait.saturating_sub(self.since.elapsed());
+        if left.is_zero() {
+            return false;
+        }
+        if !self.said {
+            self.said = true;
+            let (path, seconds) = (self.path.display(), left.as_secs_f32().ceil());
+            tracing::warn!("{path}: locked by another process; trying for {seconds} s");
+        }
+        thread::sleep(PAUSE.min(left));
+        true
+    }
+}
+
+/// Opens and locks the image.
+pub(super) fn acquire(path: &Path, read_only: bool, wait: Duration) -> Result<Acquired, OpenError> {
+    let found = stat(path).map_err(|errno| match errno {
+        Errno::NOENT => OpenError::Missing { path: path.to_owned() },
+        _ => io_error(path, "stat")(errno),
+    })?;
+    let is_block_device = check_type(path, found.st_mode)?;
+    let mut patience = Patience::new(path, wait);
+    let (fd, direct_io) = open_patiently(path, &found, read_only, &mut patience)?;
+    // What is open is looked at again: the path may have changed hands in between.
+    let stat = fstat(&fd).map_err(io_error(path, "fstat"))?;
+    if check_type(path, stat.st_mode)? != is_block_device {
+        let swapped = io::Error::other("something else took its place");
+        return Err(io_error(path, "open")(swapped));
+    }
+    let access = if direct_io { OFlags::DIRECT } else { OFlags::empty() };
+    // O_NONBLOCK was for opening only: io_uring would return EAGAIN for it.
+    fcntl_setfl(&fd, access).map_err(io_error(path, "F_SETFL"))?;
+    lock_patiently(path, &fd, &stat, read_only, &mut patience)?;
+    Ok(Acquired { fd, stat, direct_io, is_block_device })
+}
+
+/// Whether it is a block device; an error if it is neither that nor a regular file. Nothing else
+/// is ever opened: a FIFO would wait, a tape would move.
+fn check_type(path: &Path, mode: u32) -> Result<bool, OpenError> {
+    let kind = match FileType::from_raw_mode(mode) {
+        FileType::RegularFile => return Ok(false),
+        FileType::BlockDevice => return Ok(true),
+        FileType::Directory => return Err(OpenError::Directory { path: path.to_owned() }),
+        FileType::Fifo => "FIFO",
+        FileType::Socket => "socket",
+        FileType::CharacterDevice => "character device",
+        _ => "special file",
+    };
+    Err(OpenError::NotAFile { path: path.to_owned(), kind })
+}
+
+fn open_patiently(
+    path: &Path,
+    found: &Stat,
+    read_only: bool,
+    patience: &mut Patience<'_>,
+) -> Result<(OwnedFd, bool), OpenError> {
+    let is_block_device = FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice;
+    let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    // O_NONBLOCK: a leased file says EWOULDBLOCK at once. O_EXCL: a mounted device says EBUSY.
+    let exclusive = if is_block_device { OFlags::EXCL } else { OFlags::empty() };
+    let flags = access | exclusive | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    loop {
+        let locked = !is_block_device && locks::seen_locked(found.st_dev, found.st_ino, read_only);
+        let opened = if locked {
+            Err(Errno::WOULDBLOCK)
+        } else {
+            match open(path, flags | OFlags::DIRECT, Mode::empty()) {
+                Err(Errno::INVAL) => open(path, flags, Mode::empty()).map(|fd| (fd, false)),
+                other => other.map(|fd| (fd, true)),
+            }
+        };
+        match opened {
+            Ok(opened) => return Ok(opened),
+            Err(Errno::BUSY) if is_block_device => {
+                if is_mounted(found.st_rdev) || !patience.pause() {
+                    return Err(OpenError::DeviceBusy { path: path.to_owned() });
+                }
+            }
+            Err(Errno::WOULDBLOCK) => {
+                if !patience.pause() {
+                    return Err(locked_by(path, found, None, patience));
+                }
+            }
+            Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::TXTBSY))
+                if !read_only =>
+            {
+                return Err(OpenError::NotWritable { path: path.to_owned(), source: errno.into() });
+            }
+            Err(errno) => return Err(io_error(path, "open")(errno)),
+        }
+    }
+}
+
+fn is_mounted(number: u64) -> bool {
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let device = (major(number), minor(number));
+    parse_mountinfo(&text).iter().any(|mount| mount.device == device)
+}
+
+/// Keeps the description between tries: each open would break the other's lease anew.
+fn lock_patiently(
+    path: &Path,
+    fd: &OwnedFd,
+    stat: &Stat,
+    read_only: bool,
+    patience: &mut Patience<'_>,
+) -> Result<(), OpenError> {
+    loop {
+        match locks::try_take(fd.as_fd(), read_only) {
+            Ok(Outcome::Locked) => return Ok(()),
+            Ok(Outcome::Refused(pid)) => {
+                if !patience.pause() {
+                    return Err(locked_by(path, stat, pid, patience));
+                }
+            }
+            Err(error) if locks::unsupported(&error) => {
+                let path = path.display();
+                tracing::warn!(
+                    "{path}: its filesystem has no byte locks ({error}): nothing keeps another \
+                     process from serving it too"
+                );
+                return Ok(());
+            }
+            Err(error) => return Err(io_error(path, "F_OFD_SETLK")(error)),
+        }
+    }
+}
+
+fn locked_by(path: &Path, stat: &Stat, pid: Option<u32>, patience: &Patience<'_>) -> OpenError {
+    OpenError::Locked {
+        path: path.to_owned(),
+        holder: pid.or_else(|| locks::holder(stat.st_dev, stat.st_ino)),
+        waited: patience.wait,
+    }
+}
+
+/// Wraps what the kernel said of an operation on the image.
+pub(super) fn io_error<E: Into<io::Error>>(
+    path: &Path,
+    operation: &'static str,
+) -> impl FnOnce(E) -> OpenError {
+    move |error| OpenError::Io { path: path.to_owned(), operation, source: error.into() }
+}

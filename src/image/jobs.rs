@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Carries out what the keeper decided, on a thread that may block in the filesystem. Nothing
+//! here decides anything.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::{FallocateFlags, fallocate, fstat, fsync};
+
+use super::extents::with_holes;
+use super::{Image, eligible, open};
+use crate::engine::extent::{Extent, State};
+use crate::engine::message::{Job, JobDone, MapAnswer, Proof, Refusal};
+use crate::engine::units::{DeviceOffset, FileRange};
+use crate::sys::{lease, page_cache};
+
+/// How often and how far apart the page cache is emptied: other CPUs hold pages a moment longer.
+const DROPS: u32 = 10;
+const DROP_PAUSE: Duration = Duration::from_millis(5);
+
+/// The errno of an error, for the keeper; EIO if it is our own.
+fn errno(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+impl Image {
+    /// Does a job. May block as long as the filesystem does.
+    pub fn run(&self, job: &Job) -> JobDone {
+        match *job {
+            Job::Map { range, max_extents } => {
+                JobDone::Map(self.map(range, max_extents).map_err(|error| errno(&error)))
+            }
+            Job::Enter => JobDone::Enter(self.enter()),
+            Job::Confirm => JobDone::Confirm(self.settle()),
+            Job::Punch { range } => {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                let done = fallocate(&self.file, flags, range.start, range.len());
+                JobDone::Punch(done.map_err(rustix::io::Errno::raw_os_error))
+            }
+        }
+    }
+
+    /// Gives the lease back and drops the pages that file writes left. Never blocks: dirty pages
+    /// are left alone, for dropping them would begin to write them (R2). Direct mode empties the
+    /// cache again before it begins.
+    pub fn drop_lease(&self) {
+        let fd = self.file.as_fd();
+        let pages = page_cache::pages(fd, FileRange::ALL);
+        if pages.is_ok_and(|pages| pages.cached > 0 && pages.unwritten == Some(0)) {
+            // What stays is seen when direct mode begins again.
+            let _ = page_cache::drop_clean(fd, FileRange::ALL);
+        }
+        match lease::release(fd) {
+            // EAGAIN: it is gone already.
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
+            Err(error) => {
+                tracing::error!("{}: the lease was not given back: {error}", self.path.display());
+            }
+        }
+    }
+
+    fn map(&self, range: FileRange, max_extents: u32) -> io::Result<MapAnswer> {
+        if self.block_device.is_some() {
+            let all = FileRange::new(0, self.geometry.file_size);
+            let device = DeviceOffset(range.start);
+            let extent = Extent { range, device, state: State::Mapped }.clip(&all);
+            return Ok(MapAnswer { covered: range, extents: vec![extent], proof: Proof::None });
+        }
+        self.empty_cache(range)?;
+        let (mut extents, covered) = self.fiemap(range, max_extents)?;
+        let proof = self.prove_answer(&extents)?;
+        // R10a: pages that are there now would one day be read, or written, in place of the disk's.
+        if self.cached(covered)? > 0 {
+            extents = with_holes(&extents, covered);
+            for extent in &mut extents {
+                if self.cached(extent.range)? > 0 {
+                    extent.state = State::Opaque;
+                }
+            }
+            extents.retain(|extent| extent.state != State::Hole);
+        }
+        Ok(MapAnswer { covered, extents, proof })
+    }
+
+    fn cached(&self, range: FileRange) -> io::Result<u64> {
+        page_cache::pages(self.file.as_fd(), range).map(|pages| pages.cached)
+    }
+
+    /// Writes back and drops what is cached of `range`.
+    fn empty_cache(&self, range: FileRange) -> io::Result<()> {
+        let fd = self.file.as_fd();
+        if self.cached(range)? == 0 {
+            return Ok(());
+        }
+        page_cache::write_back(fd, range)?;
+        page_cache::drop_clean(fd, range)?;
+        if self.cached(range)? == 0 {
+            return Ok(());
+        }
+        // A large folio that reaches out of the range is dropped only as a whole.
+        page_cache::write_back(fd, FileRange::new(0, self.geometry.file_size))?;
+        page_cache::drop_clean(fd, FileRange::ALL)
+    }
+
+    fn enter(&self) -> Result<(), Refusal> {
+        let fd = self.file.as_fd();
+        self.take_lease().map_err(|error| match error.raw_os_error() {
+            Some(libc::EAGAIN) => Refusal::Busy,
+            _ => Refusal::Failed(errno(&error)),
+        })?;
+        let ready = self.unchanged().and_then(|()| self.settle());
+        if ready.is_err() {
+            // It was ours a moment ago; if it was taken meanwhile there is nothing to give back.
+            let _ = lease::release(fd);
+        }
+        ready
+    }
+
+    /// Whether what was found out at open still holds.
+    fn unchanged(&self) -> Result<(), Refusal> {
+        let failed = |error: rustix::io::Errno| Refusal::Failed(error.raw_os_error());
+        let stat = fstat(&self.file).map_err(failed)?;
+        let same_size = u64::try_from(stat.st_size) == Ok(self.geometry.file_size);
+        // Workers confirm the lease as often as the time at open asks for (R2a).
+        let same_patience = open::lease_break_time() >= self.lease_break_time;
+        if !same_size || !same_patience || stat.st_dev != self.identity.dev {
+            return Err(Refusal::Changed);
+        }
+        eligible::check(&self.subject()).map_err(|reason| {
+            tracing::warn!("{}: no direct mode any more: {reason}", self.path.display());
+            Refusal::Changed
+        })
+    }
+
+    /// Everything on disk, nothing in the page cache (R3).
+    fn settle(&self) -> Result<(), Refusal> {
+        let failed = |error: io::Error| Refusal::Failed(errno(&error));
+        fsync(&self.file).map_err(|error| failed(error.into()))?;
+        for _ in 0..DROPS {
+            page_cache::drop_clean(self.file.as_fd(), FileRange::ALL).map_err(failed)?;
+            if self.cached(FileRange::ALL).map_err(failed)? == 0 {
+                return Ok(());
+            }
+            thread::sleep(DROP_PAUSE);
+        }
+        Err(Refusal::PagesCached)
+    }
+}

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Watches an image for what breaks no lease: a change of its size (R5a), the loss of its name
+//! (R24).
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::fs::stat;
+use rustix::io::Errno;
+
+use super::{Identity, Image};
+
+/// Most events taken in one look.
+const EVENTS: u32 = 1024;
+
+/// What a look at the file showed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// Nothing that matters.
+    Unchanged,
+    /// Its size is not what it was when it was opened: raw I/O must stop at once.
+    SizeChanged,
+    /// It has no name any more; it is served on.
+    Unlinked,
+}
+
+/// An inotify watch on the image. Non-blocking; readable when the file was touched in some way.
+///
+/// Every write through the file makes it readable too, so it is worth listening to in direct
+/// mode only: without raw I/O a change of size is the filesystem's business.
+#[derive(Debug)]
+pub struct Watch {
+    inotify: OwnedFd,
+    image: Arc<Image>,
+}
+
+impl Watch {
+    pub(super) fn new(image: Arc<Image>) -> io::Result<Self> {
+        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+        if image.block_device.is_none() {
+            // A change of size says MODIFY, the loss of a name ATTRIB.
+            let what = WatchFlags::MODIFY | WatchFlags::ATTRIB | WatchFlags::DELETE_SELF;
+            // A watch looks the path up and opens nothing, so it breaks no lease; but the name may
+            // have come to mean another file, and that one is not to be watched.
+            let watch = inotify::add_watch(&inotify, &image.canonical, what)?;
+            let named = stat(&image.canonical)?;
+            if image.identity != (Identity { dev: named.st_dev, ino: named.st_ino }) {
+                inotify::remove_watch(&inotify, watch)?;
+                return Err(io::Error::other("the path names another file now"));
+            }
+        }
+        Ok(Self { inotify, image })
+    }
+
+    /// Takes the events and looks at the file.
+    ///
+    /// # Errors
+    /// The read's, or fstat's.
+    pub fn check(&self) -> io::Result<Change> {
+        let mut buffer = [MaybeUninit::<u8>::uninit(); 1024];
+        let mut events = inotify::Reader::new(&self.inotify, &mut buffer);
+        // Others can make events as fast as we read them; what is left wakes the caller again.
+        for _ in 0..EVENTS {
+            match events.next() {
+                Ok(_) => {}
+                Err(Errno::WOULDBLOCK) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if self.image.file_size_now()? != self.image.geometry.file_size {
+            Ok(Change::SizeChanged)
+        } else if self.image.is_unlinked()? {
+            Ok(Change::Unlinked)
+        } else {
+            Ok(Change::Unchanged)
+        }
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inotify.as_fd()
+    }
+}
+
+impl AsRawFd for Watch {
+    fn as_raw_fd(&self) -> RawFd {
+        self.inotify.as_raw_fd()
+    }
+}

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the main loop does about each thing that happens.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tracing::{error, info, warn};
+
+use crate::control::check::Ownership;
+use crate::control::{Command, reply};
+use crate::engine::message::WorkerId;
+use crate::image::Change;
+use crate::inbox::Event;
+
+use super::clients::ClientId;
+use super::describe::{self, Particulars};
+use super::helper::{Answer, Task};
+use super::poll::now;
+use super::{Phase, Server};
+
+/// SIGTERM and SIGINT.
+pub(super) const STOP: u64 = 0;
+/// Lease breaks.
+pub(super) const LEASE: u64 = 1;
+/// Workers, jobs and the session.
+pub(super) const INBOX: u64 = 2;
+/// A deadline.
+pub(super) const TIMER: u64 = 3;
+/// The helper's answers.
+pub(super) const HELPER: u64 = 4;
+/// The image's inode.
+pub(super) const WATCH: u64 = 5;
+/// Frontends.
+pub(super) const LISTENER: u64 = 6;
+/// Clients of the control socket, and above it each of them.
+pub(super) const CONTROL: u64 = 7;
+
+impl Server<'_> {
+    pub(super) fn handle(&mut self, tokens: &[u64]) {
+        let now = now();
+        // First: somebody waits for the lease, and events of a session that is over must not be
+        // taken for the next one's.
+        self.lease(now);
+        self.inbox(now);
+        for &token in tokens {
+            match token {
+                LEASE | INBOX => {}
+                STOP => self.stop_signals(),
+                TIMER => self.timer.hear(),
+                HELPER => self.answers(),
+                WATCH => self.inode_changed(now),
+                LISTENER => self.frontend(now),
+                CONTROL => {
+                    if let Some(clients) = &mut self.clients {
+                        clients.accept(&self.poll, now);
+                    }
+                }
+                _ => self.client(token),
+            }
+        }
+        self.tick(now);
+    }
+
+    fn tick(&mut self, now: Duration) {
+        if self.watch.tick(&self.poll, self.owner.direct(), now) {
+            self.inode_changed(now);
+        }
+        if self.owner.keeper.deadline().is_some_and(|at| at <= now) {
+            self.owner.keeper.tick(now);
+        }
+        if let Some(front) = &mut self.front {
+            front.tick(&self.poll, now);
+        }
+        if let Some(clients) = &mut self.clients {
+            clients.door.tick(&self.poll, now);
+        }
+    }
+
+    fn lease(&mut self, now: Duration) {
+        // There is one lease: a signal that says a descriptor names ours, and one that does not
+        // (a queue overflow) can only mean ours.
+        while let Ok(Some(_)) = self.signals.lease.next() {
+            self.owner.keeper.lease_break(now);
+        }
+    }
+
+    fn stop_signals(&mut self) {
+        while self.signals.stop.next().is_some() {
+            if self.stop {
+                error!("told to stop twice; ending at once, I/O in flight is left to the kernel");
+                // Nothing is unwound: a thread may be stuck, and the kernel cleans up anyway.
+                std::process::exit(1);
+            }
+            info!("told to stop");
+            self.stop = true;
+        }
+    }
+
+    fn inbox(&mut self, now: Duration) {
+        self.inbox.hear();
+        while let Some(event) = self.inbox.next() {
+            match event {
+                Event::Worker(id, message) => {
+                    if self.front.as_ref().is_some_and(|front| front.knows(id)) {
+                        self.owner.keeper.message(now, id, message);
+                    }
+                }
+                Event::Job(id, done) => self.owner.keeper.job_done(now, id, done),
+                Event::DeviceReset => self.owner.keeper.device_reset(),
+                Event::SessionEnded(reason) => {
+                    if let Some(reason) = reason {
+                        warn!("the session failed: {reason}");
+                    }
+                    if let Some(front) = &mut self.front {
+                        front.end(&self.poll, now);
+                    }
+                }
+                Event::Quiesced(id) => {
+                    if let Some(front) = &mut self.front {
+                        front.quiesced(id);
+                    }
+                }
+            }
+        }
+    }
+
+    fn frontend(&mut self, now: Duration) {
+        let Some(front) = &mut self.front else { return };
+        let workers = front.accept(&self.poll, now);
+        self.join(&workers);
+    }
+
+    /// A session has begun.
+    pub(super) fn join(&mut self, workers: &BTreeSet<WorkerId>) {
+        if !workers.is_empty() {
+            self.owner.keeper.device_reset();
+        }
+        for worker in workers {
+            self.owner.keeper.worker_joined(*worker);
+        }
+    }
+
+    fn inode_changed(&mut self, now: Duration) {
+        match self.watch.check(&self.poll, self.owner.direct(), now) {
+            Change::SizeChanged => self.owner.keeper.size_changed(now),
+            Change::Unlinked if !self.unlinked => {
+                self.unlinked = true;
+                let image = self.image.path().display();
+                warn!(%image, "the image was unlinked; it is served on and goes with this process");
+            }
+            Change::Unlinked | Change::Unchanged => {}
+        }
+    }
+
+    fn answers(&mut self) {
+        for answer in self.owner.helper.answers().collect::<Vec<_>>() {
+            match answer {
+                Answer::Synced(result) => {
+                    self.phase = Phase::Over;
+                    self.synced = result;
+                }
+                Answer::Reply(client, line) => {
+                    let clients = self.clients.as_mut();
+                    if let Some((id, next)) =
+                        clients.and_then(|c| c.answered(&self.poll, client, &line))
+                    {
+                        self.help(id, next);
+                    }
+                }
+            }
+        }
+    }
+
+    fn client(&mut self, token: u64) {
+        let Some(clients) = &mut self.clients else { return };
+        let id = clients.client(token);
+        match clients.ready(&self.poll, id) {
+            Some(Command::Status) => {
+                let line = self.status();
+                if let Some(clients) = &mut self.clients {
+                    clients.reply(&self.poll, id, &line);
+                }
+            }
+            Some(command) => {
+                if let Some((id, command)) = clients.queue(id, command) {
+                    self.help(id, command);
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// Has the helper answer a client.
+    fn help(&self, id: ClientId, command: Command) {
+        let task = match command {
+            Command::Map { start } => Task::Map(id, start),
+            Command::Status | Command::Check => {
+                let snapshot = self.owner.keeper.snapshot();
+                let ownership = Ownership {
+                    direct: snapshot.direct,
+                    lease: describe::lease(snapshot.lease),
+                    reason: describe::reason(&self.image, &snapshot),
+                };
+                Task::Check(id, ownership)
+            }
+        };
+        self.owner.helper.give(task);
+    }
+
+    fn status(&self) -> String {
+        let snapshot = self.owner.keeper.snapshot();
+        let particulars = Particulars {
+            uptime_seconds: now().saturating_sub(self.started).as_secs(),
+            unlinked: self.unlinked,
+            block_size: self.config.block_size,
+            read_only: self.config.read_only,
+        };
+        match &self.front {
+            Some(front) => reply(describe::status(&self.image, &snapshot, front, particulars)),
+            // The control socket and the frontends' are made together.
+            None => crate::control::failure(&"not serving yet"),
+        }
+    }
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the process is given from outside: signals, as a descriptor, inherited descriptors, and the
+//! processes it meets.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use libc::c_int;
+use rustix::process::Pid;
+use vmm_sys_util::signal::{block_signal, create_sigset};
+
+/// Signals that are blocked and read from a descriptor instead.
+#[derive(Debug)]
+pub struct Signals {
+    fd: OwnedFd,
+}
+
+impl Signals {
+    /// Blocks `numbers` in this thread and the threads it will make, and opens a descriptor for
+    /// them. To be called before any other thread exists.
+    ///
+    /// # Errors
+    /// A number is not a signal's, or no descriptor is left.
+    pub fn block(numbers: &[c_int]) -> io::Result<Self> {
+        for &number in numbers {
+            block_signal(number).map_err(|error| io::Error::other(format!("{error:?}")))?;
+        }
+        let set = create_sigset(numbers)?;
+        // SAFETY: `set` is a sigset_t on this stack that outlives the call, and the kernel only
+        // reads it.
+        let fd =
+            unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `fd` was made by the line above and nobody else knows it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Self { fd })
+    }
+
+    /// The number of the next signal, without waiting.
+    #[must_use]
+    pub fn next(&self) -> Option<c_int> {
+        let mut info = [0_u8; size_of::<libc::signalfd_siginfo>()];
+        let read = rustix::io::read(&self.fd, &mut info[..]).ok()?;
+        // The structure begins with the number; a signal is read whole or not at all.
+        let number = info.first_chunk().copied().filter(|_| read == info.len())?;
+        Some(i32::from_ne_bytes(number))
+    }
+}
+
+impl AsRawFd for Signals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+/// Takes over an inherited descriptor and keeps it from being inherited further.
+///
+/// The caller promises that nothing else in the process uses the number; the daemon asks once,
+/// before it opens anything of its own.
+///
+/// # Errors
+/// `EBADF`: there is no such descriptor.
+pub fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD takes no pointer; for a number that is no descriptor it fails with EBADF.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, as just seen, and was inherited: no object of this process
+    // owns it, since it is taken over once, before any other descriptor is opened.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd)
+}
+
+/// The process at the other end of a connected Unix socket, for a listener the one that made it
+/// listen. `None` if it is in a pid namespace that is not ours.
+#[must_use]
+pub fn peer_pid(socket: BorrowedFd<'_>) -> Option<Pid> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = libc::socklen_t::try_from(size_of_val(&peer)).ok()?;
+    // SAFETY: `peer` and `len` live across the call and are ours alone; the kernel writes at most
+    // `len` bytes, the size of `peer`, into it. Rustix's wrapper knows no pid 0, which is what a
+    // process of another namespace has.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    if done == 0 { Pid::from_raw(peer.pid) } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsFd, IntoRawFd};
+
+    use super::*;
+
+    #[test]
+    fn a_blocked_signal_is_read_from_the_descriptor() {
+        let signals = Signals::block(&[libc::SIGUSR1]).unwrap();
+        assert_eq!(signals.next(), None);
+        let process = std::process::id();
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        // To the thread, not the process: the other tests' threads do not block the signal.
+        // SAFETY: tgkill takes numbers only, and both name this thread.
+        let sent = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, libc::SIGUSR1) };
+        assert_eq!(sent, 0);
+        assert_eq!(signals.next(), Some(libc::SIGUSR1));
+        assert_eq!(signals.next(), None);
+    }
+
+    #[test]
+    fn only_an_open_descriptor_is_adopted() {
+        assert_eq!(adopt(100_000).unwrap_err().raw_os_error(), Some(libc::EBADF));
+        let (mine, mut other) = io::pipe().unwrap();
+        let number = OwnedFd::from(mine).into_raw_fd();
+        let mine = adopt(number).unwrap();
+        io::Write::write_all(&mut other, b"x").unwrap();
+        assert_eq!(rustix::io::read(&mine, &mut [0_u8; 4][..]).unwrap(), 1);
+    }
+    #[test]
+    fn the_peer_of_our_own_socket_is_us() {
+        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert_eq!(peer_pid(one.as_fd()), Some(rustix::process::getpid()));
+        let (pipe, _end) = io::pipe().unwrap();
+        assert_eq!(peer_pid(pipe.as_fd()), None);
+    }
+}

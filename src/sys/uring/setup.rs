@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Making a ring: the best flags this kernel knows, and the fence against misuse of it.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use io_uring::register::Restriction;
+use io_uring::{Builder, IoUring, opcode, squeue};
+
+/// The most entries the kernel lets a completion queue have (IORING_MAX_CQ_ENTRIES), halved: the
+/// completion queue is twice as large as what may be in flight, so that it never overflows.
+const MAX_OPS: u32 = 32768;
+
+/// The most entries of the submission queue. A batch beyond it costs a second system call.
+const MAX_SQ: u32 = 4096;
+
+/// The kernel's IORING_UNREGISTER_FILES, which the crate keeps to itself.
+const UNREGISTER_FILES: u8 = 3;
+
+/// How completions come back to the thread.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum TaskRun {
+    /// Only inside our own `io_uring_enter` (since 6.1): no interruptions, good batches.
+    Deferred,
+    /// At any kernel entry, without interrupting the thread (since 5.19).
+    Cooperative,
+    /// By interrupting the thread.
+    Forced,
+}
+
+impl TaskRun {
+    /// All ways, the best one first.
+    pub(super) const ALL: [Self; 3] = [Self::Deferred, Self::Cooperative, Self::Forced];
+
+    fn apply(self, builder: &mut Builder) {
+        match self {
+            Self::Deferred => {
+                builder.setup_single_issuer().setup_defer_taskrun();
+                builder.setup_taskrun_flag().setup_submit_all();
+            }
+            Self::Cooperative => {
+                builder.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
+            }
+            Self::Forced => {}
+        }
+    }
+}
+
+/// A ring for at most `ops` operations in flight with `files` as its fixed files, which signals
+/// `event` when completions are there; its completions come back by the first of `ways` that works.
+///
+/// It is restricted to reads, writes and fsyncs of its fixed files: a bug in here cannot make the
+/// kernel touch another file of this process. Restrictions work together with all the flags used,
+/// as the ring is made disabled and enabled last; by then this thread is its single issuer.
+///
+/// # Errors
+///
+/// `EINVAL` if `ops` is 0 or beyond what a ring can hold; `EOPNOTSUPP` if the kernel is older than
+/// 5.11; else what the kernel said.
+pub(super) fn ring(
+    ops: u32,
+    files: &[BorrowedFd<'_>],
+    event: BorrowedFd<'_>,
+    ways: &[TaskRun],
+) -> io::Result<(IoUring, TaskRun)> {
+    if ops == 0 || ops > MAX_OPS {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let (uring, task_run) = best(ops.next_power_of_two(), ways)?;
+    if !uring.params().is_feature_ext_arg() {
+        return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+    }
+    let files: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
+    let submitter = uring.submitter();
+    submitter.register_files(&files)?;
+    submitter.register_eventfd(event.as_raw_fd())?;
+    submitter.register_restrictions(&mut restrictions())?;
+    submitter.register_enable_rings()?;
+    Ok((uring, task_run))
+}
+
+/// The ring with the first of `ways` that the kernel knows.
+fn best(ops: u32, ways: &[TaskRun]) -> io::Result<(IoUring, TaskRun)> {
+    let mut result = Err(io::Error::from_raw_os_error(libc::EINVAL));
+    for &task_run in ways {
+        let mut builder = IoUring::builder();
+        builder.setup_clamp().setup_r_disabled().setup_cqsize(ops * 2);
+        task_run.apply(&mut builder);
+        result = builder.build(ops.min(MAX_SQ)).map(|uring| (uring, task_run));
+        match &result {
+            // An unknown flag; anything else would not get better with fewer of them.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            _ => break,
+        }
+    }
+    result
+}
+
+fn restrictions() -> [Restriction; 8] {
+    let fixed = squeue::Flags::FIXED_FILE.bits();
+    [
+        Restriction::sqe_op(opcode::Read::CODE),
+        Restriction::sqe_op(opcode::Readv::CODE),
+        Restriction::sqe_op(opcode::Write::CODE),
+        Restriction::sqe_op(opcode::Writev::CODE),
+        Restriction::sqe_op(opcode::Fsync::CODE),
+        Restriction::register_op(UNREGISTER_FILES),
+        Restriction::sqe_flags_allowed(fixed),
+        Restriction::sqe_flags_required(fixed),
+    ]
+}

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What vhost-user-backend asks of a device, for one session.
+//!
+//! Its daemon thread calls everything here but `handle_event`, under its own lock, so these calls
+//! only hand mail to the workers and, where the protocol says that nothing may be in flight any
+//! more, wait for them. `handle_event` is the workers' end: each crate thread keeps its
+//! `Worker` to itself, in a thread-local.
+
+use std::cell::RefCell;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost_user_backend::VhostUserBackend;
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
+
+use super::Memory;
+use super::disk::RingDisk;
+use super::features;
+use super::mailbox::{Mailbox, Slot};
+use super::queue::{AtomicMemory, Queue, QueueCounters, Vring};
+use super::session::DeviceConfig;
+use super::worker::{Handler, Mail, Parts, Worker};
+use crate::engine;
+use crate::engine::counters::Counters;
+use crate::engine::message::WorkerId;
+use crate::engine::request::Limits;
+use crate::inbox::Event;
+use crate::sys::fd::Forgotten;
+use crate::sys::uring::Ring;
+
+#[path = "backend_drain.rs"]
+mod drain;
+
+/// The answer to GET_ID.
+pub(crate) type Id = [u8; 20];
+
+thread_local! {
+    /// The worker of this thread, if it is one of the crate's.
+    static WORKER: RefCell<Option<Worker<RingDisk>>> = const { RefCell::new(None) };
+}
+
+/// What a worker thread needs to begin.
+pub(crate) struct Seat {
+    /// The device it works for.
+    pub(crate) backend: Arc<Backend>,
+    /// The thread's epoll loop.
+    pub(crate) handler: Arc<Handler>,
+    /// Its mailbox.
+    pub(crate) mailbox: Mailbox<Mail>,
+    /// Told how it went.
+    pub(crate) ready: Sender<io::Result<()>>,
+}
+
+/// One worker thread, from outside.
+#[derive(Debug)]
+pub(crate) struct Thread {
+    /// Its number for the keeper.
+    pub(crate) id: WorkerId,
+    /// Its mailbox.
+    pub(crate) slot: Slot<Mail>,
+    /// What its engine counts.
+    pub(crate) counters: Arc<Counters>,
+    /// What its queues count, in their order on the thread.
+    pub(crate) queues: Vec<Arc<QueueCounters>>,
+}
+
+/// The crate threads' exit events.
+#[derive(Debug, Default)]
+struct Exits {
+    /// Not handed out yet, the last thread's first.
+    made: Vec<(EventConsumer, EventNotifier)>,
+    /// Handed out and forgotten.
+    forgotten: Vec<Forgotten>,
+}
+
+/// One session's device.
+pub struct Backend {
+    config: Arc<DeviceConfig>,
+    threads: Vec<Thread>,
+    seats: Mutex<Vec<Option<Seat>>>,
+    exits: Mutex<Exits>,
+    id: Id,
+    features: AtomicU64,
+    writeback: AtomicBool,
+    write_through: AtomicBool,
+    /// Whether a ring has been started since the device was last new.
+    started: AtomicBool,
+}
+
+impl std::fmt::Debug for Backend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Backend").field("threads", &self.threads).finish_non_exhaustive()
+    }
+}
+
+impl Backend {
+    /// The device of a new session; `threads` are its workers, queue `i` on thread `i mod N`.
+    ///
+    /// # Errors
+    /// An eventfd cannot be made.
+    pub(crate) fn new(config: Arc<DeviceConfig>, threads: Vec<Thread>) -> io::Result<Self> {
+        let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
+        let exit = |_| new_event_consumer_and_notifier(flags);
+        let made = threads.iter().map(exit).collect::<io::Result<_>>()?;
+        let mut id = Id::default();
+        id.iter_mut().zip(config.serial.bytes()).for_each(|(to, from)| *to = from);
+        Ok(Self {
+            seats: Mutex::new(threads.iter().map(|_| None).collect()),
+            threads,
+            exits: Mutex::new(Exits { made, forgotten: Vec::new() }),
+            id,
+            features: AtomicU64::new(0),
+            writeback: AtomicBool::new(config.write_back),
+            write_through: AtomicBool::new(true),
+            started: AtomicBool::new(false),
+            config,
+        })
+    }
+
+    /// Its worker threads.
+    pub(crate) fn threads(&self) -> &[Thread] {
+        &self.threads
+    }
+
+    /// The number of its queues.
+    pub(crate) fn num_queues(&self) -> u16 {
+        self.config.num_queues
+    }
+
+    /// What the guest may do.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.config.limits
+    }
+
+    /// The answer to GET_ID.
+    pub(crate) fn id(&self) -> &Id {
+        &self.id
+    }
+
+    /// Whether writes complete only when durable (R15).
+    pub(crate) fn write_through(&self) -> bool {
+        self.write_through.load(Ordering::Acquire)
+    }
+
+    /// Posts to the main loop.
+    pub(crate) fn post(&self, event: Event) {
+        self.config.inbox.post(event);
+    }
+
+    /// Lets a worker thread begin: it takes its seat when it is woken next.
+    pub(crate) fn seat(&self, thread: usize, seat: Seat) {
+        let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(place), Some(thread)) = (seats.get_mut(thread), self.threads.get(thread)) {
+            *place = Some(seat);
+            thread.slot.ring();
+        }
+    }
+
+    /// What the crate has forgotten to close; to be taken once it is gone.
+    pub(crate) fn take_exits(&self) -> Vec<Forgotten> {
+        let mut exits = self.exits.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut exits.forgotten)
+    }
+
+    /// Gives a worker its thread. `None` if there is none (any more) to begin.
+    fn take_seat(&self, thread: usize) -> Option<Worker<RingDisk>> {
+        let seat = {
+            let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
+            seats.get_mut(thread)?.take()?
+        };
+        let (worker, result) = match seat.backend.begin(thread, seat.handler, seat.mailbox) {
+            Ok(worker) => (Some(worker), Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        // The session has stopped waiting only if it failed already.
+        let _ = seat.ready.send(result);
+        worker
+    }
+
+    /// Makes the worker, and its ring, on its own thread.
+    fn begin(
+        self: &Arc<Self>,
+        index: usize,
+        handler: Arc<Handler>,
+        mailbox: Mailbox<Mail>,
+    ) -> io::Result<Worker<RingDisk>> {
+        let config = &self.config;
+        let thread = self.threads.get(index).ok_or(io::ErrorKind::NotFound)?;
+        let step = self.threads.len();
+        let numbers = (index..usize::from(config.num_queues)).step_by(step);
+        let queues: Vec<Queue> = numbers
+            .zip(&thread.queues)
+            .map(|(number, counters)| {
+                Queue::new(u16::try_from(number).unwrap_or(u16::MAX), Arc::clone(counters))
+            })
+            .collect();
+        let count = u32::try_from(queues.len()).unwrap_or(u32::MAX);
+        let max_requests = count.saturating_mul(u32::from(config.queue_size));
+        let (image, device) = (config.files.image_fd(), config.files.device_fd());
+        let ring = Ring::new(image, device, &config.geometry, config.lease)?;
+        Worker::new(Parts {
+            id: thread.id,
+            backend: Arc::clone(self),
+            handler,
+            mailbox,
+            queues,
+            engine: engine::Worker::new(
+                config.geometry,
+                config.rules,
+                Arc::clone(&config.shared),
+                Arc::clone(&thread.counters),
+                max_requests,
+            ),
+            counters: Arc::clone(&thread.counters),
+            max_requests,
+            memory: Arc::new(Memory::new()),
+            disk: RingDisk { ring, mem_align: config.geometry.mem_align },
+        })
+    }
+
+    fn update_write_through(&self) {
+        let acked = self.features.load(Ordering::Acquire);
+        let writeback = self.writeback.load(Ordering::Acquire);
+        self.write_through.store(features::write_through(acked, writeback), Ordering::Release);
+    }
+
+    /// The device is as new: another driver takes over.
+    fn renew(&self) {
+        self.started.store(false, Ordering::Release);
+        self.writeback.store(self.config.write_back, Ordering::Release);
+        self.update_write_through();
+        self.post(Event::DeviceReset);
+    }
+}
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        usize::from(self.config.num_queues)
+    }
+
+    fn max_queue_size(&self) -> usize {
+        usize::from(self.config.queue_size)
+    }
+
+    fn features(&self) -> u64 {
+        features::offered(&self.config.limits)
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.features.store(features, Ordering::Release);
+        self.update_write_through();
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        features::protocol()
+    }
+
+    fn reset_device(&self) {
+        self.drain_all("RESET_DEVICE", Mail::Drain);
+        self.renew();
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The crate has told its queues already, and the workers ask those.
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let acked = self.features.load(Ordering::Acquire);
+        let writeback = self.writeback.load(Ordering::Acquire);
+        let byte = features::writeback_byte(acked, writeback);
+        let config = &self.config;
+        features::config(&config.limits, &config.topology, config.num_queues, byte, offset, size)
+    }
+
+    /// Takes the `writeback` byte if the driver may set it, and nothing else. An error would end
+    /// the session, so there is none.
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        let place = features::WRITEBACK_OFFSET.checked_sub(offset);
+        let byte = place.and_then(|place| bytes.get(usize::try_from(place).ok()?));
+        let acked = self.features.load(Ordering::Acquire);
+        match byte {
+            Some(byte) if features::may_set_writeback(acked) => {
+                self.writeback.store(*byte != 0, Ordering::Release);
+                self.update_write_through();
+                let write_through = self.write_through();
+                tracing::debug!(write_through, "the driver set the cache mode");
+            }
+            _ => tracing::debug!(offset, size = bytes.len(), "configuration write ignored"),
+        }
+        Ok(())
+    }
+
+    /// The crate has put the new memory in place already. The workers go over to it once nothing
+    /// of the old is in use, and this returns then (R22).
+    fn update_memory(&self, memory: AtomicMemory) -> io::Result<()> {
+        let memory = memory.memory();
+        // Each worker gets a list of its own: they count references to it with every request, and
+        // would take the counter's cache line from each other.
+        self.drain_all("memory change", |done| {
+            Mail::Memory(Arc::new(Memory::clone(&memory)), done)
+        });
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        let threads = self.threads.len();
+        let mask = |thread| {
+            (thread..usize::from(self.config.num_queues)).step_by(threads).fold(0, |mask, queue| {
+                mask | 1u64.checked_shl(u32::try_from(queue).unwrap_or(u32::MAX)).unwrap_or(0)
+            })
+        };
+        (0..threads).map(mask).collect()
+    }
+
+    /// Always a pair: without one the crate waits for its threads forever.
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let mut exits = self.exits.lock().unwrap_or_else(PoisonError::into_inner);
+        let (consumer, notifier) = exits.made.pop()?;
+        exits.forgotten.push(Forgotten::remember(&consumer));
+        Some((consumer, notifier))
+    }
+
+    fn stop_vring(&self, queue: u32) -> io::Result<()> {
+        self.drain_queue("GET_VRING_BASE", queue, Mail::Stop, &|| true);
+        Ok(())
+    }
+
+    fn handle_event(
+        &self,
+        token: u16,
+        _events: EventSet,
+        vrings: &[Vring],
+        thread: usize,
+    ) -> io::Result<()> {
+        WORKER.with_borrow_mut(|worker| {
+            if worker.is_none() {
+                *worker = self.take_seat(thread);
+            }
+            if let Some(worker) = worker {
+                worker.event(token, vrings);
+            }
+        });
+        // An error would end the thread without a word.
+        Ok(())
+    }
+}

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Waiting until nothing is in flight (R22), and what the relay tells.
+
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use super::{Backend, Thread};
+use crate::virtio::notify::Notifier;
+use crate::virtio::relay::{Hooks, VringFd};
+use crate::virtio::worker::Mail;
+
+/// How long a drain may take before it is worth a line, and how often it is then (R22).
+const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
+const DRAIN_REPEAT: Duration = Duration::from_secs(30);
+
+/// How often somebody who waits for a drain looks whether that still makes sense.
+const DRAIN_STEP: Duration = Duration::from_millis(100);
+
+impl Backend {
+    /// The thread a queue is on, and its place there.
+    fn place(&self, queue: usize) -> Option<(&Thread, usize)> {
+        let threads = self.threads.len();
+        let thread = self.threads.get(queue.checked_rem(threads)?)?;
+        (queue < usize::from(self.config.num_queues)).then_some((thread, queue / threads))
+    }
+
+    /// Waits for a worker to say that it has drained; gives up when `alive` says so.
+    fn await_drain(
+        &self,
+        what: &str,
+        thread: &Thread,
+        queue: Option<usize>,
+        done: &Receiver<()>,
+        alive: &dyn Fn() -> bool,
+    ) {
+        let begun = Instant::now();
+        let mut next = DRAIN_PATIENCE;
+        loop {
+            match done.recv_timeout(DRAIN_STEP) {
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) if !alive() => return,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if begun.elapsed() >= next {
+                next += DRAIN_REPEAT;
+                let (reply, answer) = mpsc::channel();
+                thread.slot.post(Mail::Describe(queue, reply));
+                let (requests, oldest) = answer.recv_timeout(DRAIN_STEP).unwrap_or_default();
+                tracing::warn!(what, requests, ?oldest, "waiting for requests in flight");
+            }
+        }
+    }
+
+    /// Orders the queue's worker to drain it, and waits.
+    pub(super) fn drain_queue(
+        &self,
+        what: &str,
+        queue: u32,
+        mail: impl Fn(usize, Sender<()>) -> Mail,
+        alive: &dyn Fn() -> bool,
+    ) {
+        let place = usize::try_from(queue).ok().and_then(|queue| self.place(queue));
+        if let Some((thread, place)) = place {
+            let (sender, done) = mpsc::channel();
+            thread.slot.post(mail(place, sender));
+            self.await_drain(what, thread, Some(place), &done, alive);
+        }
+    }
+
+    /// Orders every worker to drain, and waits for all of them.
+    pub(super) fn drain_all(&self, what: &str, mail: impl Fn(Sender<()>) -> Mail) {
+        let order = |thread: &Thread| {
+            let (sender, done) = mpsc::channel();
+            thread.slot.post(mail(sender));
+            done
+        };
+        let waits: Vec<_> = self.threads.iter().map(order).collect();
+        for (thread, done) in self.threads.iter().zip(&waits) {
+            self.await_drain(what, thread, None, done, &|| true);
+        }
+    }
+}
+
+impl Hooks for Backend {
+    fn vring_fd(&self, queue: u64, which: VringFd, fd: Option<Notifier>) {
+        let Some((thread, place)) = usize::try_from(queue).ok().and_then(|q| self.place(q)) else {
+            return;
+        };
+        thread.slot.post(match which {
+            VringFd::Kick => {
+                self.started.store(true, Ordering::Release);
+                Mail::Kick(place, fd)
+            }
+            VringFd::Call => Mail::Call(place, fd),
+            VringFd::Err => Mail::Err(place, fd),
+        });
+    }
+
+    fn disable(&self, queue: u32, alive: &dyn Fn() -> bool) {
+        self.drain_queue("SET_VRING_ENABLE 0", queue, Mail::Pause, alive);
+    }
+
+    fn enable(&self, queue: u32) {
+        if let Some((thread, place)) = usize::try_from(queue).ok().and_then(|q| self.place(q)) {
+            thread.slot.post(Mail::Resume(place));
+        }
+    }
+
+    /// A first queue that begins at 0 again belongs to a new driver: one that was only paused
+    /// goes on where it was.
+    fn set_base(&self, queue: u32, base: u32) {
+        if (queue, base) == (0, 0) && self.started.load(Ordering::Acquire) {
+            self.renew();
+        }
+    }
+}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Kick, call and err: eventfds the frontend gave us, and may do anything to.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::io::Errno;
+
+/// The file-type bits of `st_mode`; an eventfd has none of them set.
+const TYPE_BITS: u32 = 0o170_000;
+
+/// An eventfd of the frontend's, made non-blocking.
+#[derive(Debug)]
+pub(crate) struct Notifier(OwnedFd);
+
+/// What reading a kick said.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Heard {
+    /// It is silent now.
+    Silent,
+    /// It does not behave like an eventfd, or is broken: to be dropped, or it would wake us forever.
+    Broken,
+}
+
+impl Notifier {
+    /// Takes `fd` if it is an eventfd. Anything else is refused: polling or writing a FUSE file, or
+    /// an epoll set with one in it, may block whatever its flags are. Non-blocking, because a
+    /// counter at its maximum blocks its writer and an empty one its reader; the frontend shares
+    /// the flag.
+    ///
+    /// # Errors
+    /// It is something else, or its flags cannot be set.
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
+        if fstat(&fd)?.st_mode & TYPE_BITS != 0 || !named_eventfd(&fd) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an eventfd"));
+        }
+        fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+        Ok(Self(fd))
+    }
+
+    /// Signals. A counter at its maximum is signalled already; anything else wrong with the fd is
+    /// the frontend's loss.
+    pub(crate) fn signal(&self) {
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Consumes what was signalled.
+    pub(crate) fn hear(&self) -> Heard {
+        match rustix::io::read(&self.0, &mut [0u8; 8]) {
+            Ok(8) | Err(Errno::AGAIN | Errno::INTR) => Heard::Silent,
+            Ok(_) | Err(_) => Heard::Broken,
+        }
+    }
+}
+
+/// Whether `/proc` calls it an eventfd, or there is no `/proc` to ask.
+fn named_eventfd(fd: &OwnedFd) -> bool {
+    match std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+        Ok(name) => name.as_os_str() == "anon_inode:[eventfd]",
+        Err(_) => true,
+    }
+}
+
+impl AsFd for Notifier {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    #[test]
+    fn an_eventfd_is_taken_and_neither_blocks_when_full_nor_when_empty() {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let notifier = Notifier::new(fd.try_clone().unwrap()).unwrap();
+        assert_eq!(notifier.hear(), Heard::Silent);
+        rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        notifier.signal();
+        assert_eq!(notifier.hear(), Heard::Silent);
+        assert_eq!(rustix::io::read(&fd, &mut [0u8; 8]), Err(Errno::AGAIN));
+    }
+
+    #[test]
+    fn what_may_block_is_refused() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        Notifier::new(reader.into()).unwrap_err();
+        Notifier::new(writer.into()).unwrap_err();
+        Notifier::new(File::open("/dev/zero").unwrap().into()).unwrap_err();
+        Notifier::new(tempfile::tempfile().unwrap().into()).unwrap_err();
+        let (left, _right) = std::os::unix::net::UnixStream::pair().unwrap();
+        Notifier::new(left.into()).unwrap_err();
+    }
+
+    #[test]
+    fn an_epoll_set_is_refused() {
+        let epoll = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC);
+        Notifier::new(epoll.unwrap()).unwrap_err();
+    }
+}

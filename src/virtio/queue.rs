@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One virtqueue, as its worker sees it (virtio 1.3, 2.7).
+//!
+//! The ring's place, size and indices are in the crate's `VringState`, under its lock, because the
+//! daemon thread sets and reports them; what is here belongs to the worker alone. The lock is taken
+//! once per batch and held for a few loads and stores.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use vhost_user_backend::{VringRwLock, VringState, VringT};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::QueueT;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryAtomic};
+
+use super::Memory;
+use super::notify::Notifier;
+use crate::engine::counters::Counter;
+
+/// The crate's view of guest memory.
+pub(crate) type AtomicMemory = GuestMemoryAtomic<Memory>;
+
+/// The crate's state of a virtqueue.
+pub(crate) type Vring = VringRwLock<AtomicMemory>;
+
+/// Chains taken from one queue in one go, so that the queues of a thread share it.
+pub(crate) const BATCH: u16 = 64;
+
+/// One queue's counts.
+#[derive(Debug, Default)]
+pub struct QueueCounters {
+    /// Chains taken.
+    pub requests: Counter,
+    /// Chains that could not be understood.
+    pub malformed: Counter,
+    /// Times the guest was signalled.
+    pub calls: Counter,
+}
+
+/// Where a batch of chains is to be found.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// The queue's descriptor table.
+    pub(crate) table: GuestAddress,
+    /// Its size in descriptors.
+    pub(crate) size: u16,
+}
+
+/// Why a queue is served no more until the driver or the frontend sets it up anew.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub(crate) enum Broken {
+    /// A ring is not in guest memory.
+    #[error("a ring lies outside of guest memory")]
+    Outside,
+    /// More chains are said to be available than there are descriptors.
+    #[error("the available index runs ahead of the ring")]
+    Ahead,
+}
+
+/// One queue of a worker.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    /// Its number on the device.
+    pub(crate) index: u16,
+    /// The guest's doorbell.
+    pub(crate) kick: Option<Notifier>,
+    /// How the guest is signalled.
+    pub(crate) call: Option<Notifier>,
+    /// How the frontend is told of a malformed chain.
+    pub(crate) err: Option<Notifier>,
+    /// Requests taken and not yet published.
+    pub(crate) in_flight: u32,
+    /// Nothing is taken: the frontend is disabling the ring.
+    pub(crate) paused: bool,
+    /// Nothing is taken: a ring is nonsense.
+    pub(crate) broken: bool,
+    /// The guest was asked to kick at the next chain, and none has been taken since.
+    armed: bool,
+    /// Finished and not yet published: head index and bytes written.
+    used: Vec<(u16, u32)>,
+    /// What it counts.
+    pub(crate) counters: Arc<QueueCounters>,
+}
+
+impl Queue {
+    /// The queue numbered `index`.
+    pub(crate) fn new(index: u16, counters: Arc<QueueCounters>) -> Self {
+        Self { index, counters, ..Self::default() }
+    }
+
+    /// Whether chains may be taken, as far as the worker knows. Without a kick fd the crate does not
+    /// start a ring, so the rings that a driver leaves alone cost nothing.
+    pub(crate) fn is_open(&self) -> bool {
+        self.kick.is_some() && !self.paused && !self.broken
+    }
+
+    /// Takes up to [`BATCH`] chain heads, if the ring is started and enabled. In flight are never
+    /// more than the ring has descriptors (R21).
+    pub(crate) fn take(
+        &mut self,
+        vring: &Vring,
+        memory: &Memory,
+        heads: &mut Vec<u16>,
+    ) -> Result<Place, Broken> {
+        let mut state = vring.get_mut();
+        let place = place(&state);
+        if !state.get_queue().ready() || !state.is_enabled() {
+            return Ok(place);
+        }
+        let queue = state.get_queue_mut();
+        let available = queue.avail_idx(memory, Ordering::Acquire).map_err(|_| Broken::Outside)?;
+        let next = queue.next_avail();
+        let waiting = available.0.wrapping_sub(next);
+        if waiting > place.size {
+            return Err(Broken::Ahead);
+        }
+        let room = u32::from(place.size).saturating_sub(self.in_flight);
+        let count = waiting.min(BATCH).min(u16::try_from(room).unwrap_or(u16::MAX));
+        if count == 0 {
+            return Ok(place);
+        }
+        if self.armed {
+            self.armed = false;
+            queue.disable_notification(memory).map_err(|_| Broken::Outside)?;
+        }
+        for offset in 0..count {
+            let entry = next.wrapping_add(offset) & (place.size.wrapping_sub(1));
+            let at = 4 + 2 * u64::from(entry);
+            heads.push(load(memory, queue.avail_ring(), at).ok_or(Broken::Outside)?);
+        }
+        queue.set_next_avail(next.wrapping_add(count));
+        self.in_flight += u32::from(count);
+        self.counters.requests.add(u64::from(count));
+        Ok(place)
+    }
+
+    /// Asks the guest for a kick at its next chain; true if one is there already.
+    pub(crate) fn arm(&mut self, vring: &Vring, memory: &Memory) -> Result<bool, Broken> {
+        if self.armed {
+            return Ok(false);
+        }
+        let mut state = vring.get_mut();
+        if !state.get_queue().ready() || !state.is_enabled() {
+            return Ok(false);
+        }
+        self.armed = true;
+        let size = state.get_queue().size();
+        let more = state.get_queue_mut().enable_notification(memory);
+        let full = self.in_flight >= u32::from(size);
+        // A full queue is looked at again when something completes.
+        more.map(|more| more && !full).map_err(|_| Broken::Outside)
+    }
+
+    /// What was known of the ring's notification state no longer holds.
+    pub(crate) fn disarm(&mut self) {
+        self.armed = false;
+    }
+
+    /// A chain is done: it goes back to the guest with the next [`publish`](Self::publish).
+    pub(crate) fn done(&mut self, head: u16, written: u32) {
+        self.used.push((head, written));
+    }
+
+    /// Gives what is done back to the guest, with one signal if it wants one. True if there was
+    /// anything.
+    pub(crate) fn publish(&mut self, vring: &Vring, memory: &Memory) -> Result<bool, Broken> {
+        if self.used.is_empty() {
+            return Ok(false);
+        }
+        let count = self.used.len();
+        let wanted = self.put_used(&mut vring.get_mut(), memory);
+        self.used.clear();
+        self.in_flight = self.in_flight.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
+        if wanted? {
+            self.signal();
+        }
+        Ok(true)
+    }
+
+    /// Signals the guest, if it gave us a way to.
+    pub(crate) fn signal(&self) {
+        if let Some(call) = &self.call {
+            call.signal();
+            self.counters.calls.add(1);
+        }
+    }
+
+    fn put_used(
+        &mut self,
+        state: &mut VringState<AtomicMemory>,
+        memory: &Memory,
+    ) -> Result<bool, Broken> {
+        let queue = state.get_queue_mut();
+        let old = queue.next_used();
+        for (head, written) in &self.used {
+            // A head that is no descriptor's index was answered by breaking the chain; it cannot
+            // be handed back either.
+            if *head < queue.size() {
+                queue.add_used(memory, *head, *written).map_err(|_| Broken::Outside)?;
+            }
+        }
+        wants_signal(queue, memory, old).ok_or(Broken::Outside)
+    }
+}
+
+/// Whether the guest wants to hear of what was put into the used ring since index `old`.
+///
+/// `virtio_queue` has this too, but it counts what was added since it last asked, in 16 bits and
+/// without EVENT_IDX for good: after a firmware without EVENT_IDX it may miss a signal.
+fn wants_signal(queue: &virtio_queue::Queue, memory: &Memory, old: u16) -> Option<bool> {
+    let new = queue.next_used();
+    if new == old {
+        return Some(false);
+    }
+    // The used index must be visible before the guest's wish is read (virtio 1.3, 2.7.7.2).
+    fence(Ordering::SeqCst);
+    if queue.event_idx_enabled() {
+        let event: u16 = load(memory, queue.avail_ring(), 4 + 2 * u64::from(queue.size()))?;
+        let behind = new.wrapping_sub(event).wrapping_sub(1);
+        return Some(behind < new.wrapping_sub(old));
+    }
+    let flags: u16 = load(memory, queue.avail_ring(), 0)?;
+    Some(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+}
+
+fn load(memory: &Memory, base: u64, offset: u64) -> Option<u16> {
+    let address = GuestAddress(base).checked_add(offset)?;
+    memory.load::<u16>(address, Ordering::Acquire).ok().map(u16::from_le)
+}
+
+fn place(state: &VringState<AtomicMemory>) -> Place {
+    let queue = state.get_queue();
+    Place { table: GuestAddress(queue.desc_table()), size: queue.size() }
+}
+
+/// Lets a guest make us say something at most once a second.
+#[derive(Debug, Default)]
+pub(crate) struct Quiet {
+    last: Option<Instant>,
+    untold: u64,
+}
+
+impl Quiet {
+    /// It happened once more: how often since the last time this said so, if it is time again.
+    pub(crate) fn tell(&mut self) -> Option<u64> {
+        self.untold += 1;
+        if self.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
+            return None;
+        }
+        self.last = Some(Instant::now());
+        Some(std::mem::take(&mut self.untold))
+    }
+}
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;

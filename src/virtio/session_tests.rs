@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use vhost::VhostBackend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::Bytes;
+
+use super::super::testing::*;
+use super::super::testing_guest::*;
+
+const EVENT_IDX: u64 = 1 << 29;
+const FLUSH: u64 = 1 << 9;
+
+fn content(file: &File, at: u64, len: u32) -> Vec<u8> {
+    let mut bytes = vec![0; len as usize];
+    file.read_exact_at(&mut bytes, at).unwrap();
+    bytes
+}
+
+fn fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+fn reads_writes_flushes_and_ids_on_every_queue() {
+    for without in [0, EVENT_IDX, FLUSH] {
+        let (server, file) = Server::of_file(5, 2);
+        let mut guest = Guest::new(server.connect(), 5, without);
+        guest.start();
+        for queue in 0..5 {
+            let at = queue as u64 * 1_000_448;
+            guest.read(queue, 0, at, 8192);
+            assert_eq!(guest.wait(queue), (0, 8193));
+            assert_eq!(guest.status(0), 0);
+            assert_eq!(guest.data(0)[..8192], content(&file, at, 8192));
+            guest.memory.write_slice(&[queue as u8 + 1; 4096], Guest::data_at(1)).unwrap();
+            guest.request(queue, 1, WRITE_KIND, at + 4096, 4096);
+            guest.kick(queue);
+            assert_eq!(guest.wait(queue), (3, 1));
+            guest.request(queue, 2, FLUSH_KIND, 0, 0);
+            guest.kick(queue);
+            assert_eq!(guest.wait(queue), (6, 1));
+            assert_eq!([guest.status(1), guest.status(2)], [0, 0]);
+            assert_eq!(content(&file, at + 4096, 4096), [queue as u8 + 1; 4096]);
+            guest.request(queue, 3, GET_ID_KIND, 0, 20);
+            guest.kick(queue);
+            assert_eq!(guest.wait(queue), (9, 21));
+            assert_eq!(&guest.data(3)[..20], b"serial\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        }
+        drop(guest);
+        assert_eq!(server.ended(), None);
+    }
+}
+
+#[test]
+fn bad_requests_get_an_error_status() {
+    let (server, _file) = Server::of_file(1, 1);
+    let mut guest = Guest::new(server.connect(), 1, 0);
+    guest.start();
+    guest.request(0, 0, READ_KIND, CAPACITY, 512);
+    guest.request(0, 1, READ_KIND, 0, 100);
+    guest.request(0, 2, 99, 0, 512);
+    guest.request(0, 3, READ_KIND, u64::MAX - 511, 512);
+    guest.kick(0);
+    for _ in 0..4 {
+        guest.wait(0);
+    }
+    assert_eq!([0, 1, 2, 3].map(|request| guest.status(request)), [1, 1, 2, 1]);
+}
+
+#[test]
+fn a_malformed_chain_is_returned_unwritten_and_told_by_the_err_fd() {
+    let (server, _file) = Server::of_file(1, 1);
+    let mut guest = Guest::new(server.connect(), 1, 0);
+    guest.start();
+    guest.describe(0, 7, Descriptor::new(0, 16, NEXT, 7));
+    guest.offer(0, 7);
+    guest.kick(0);
+    assert_eq!(guest.wait(0), (7, 0));
+    assert!(wait_for(&guest.queues[0].err, Instant::now() + PATIENCE));
+    // A head that is no descriptor cannot be returned; the queue goes on.
+    guest.offer(0, 1000);
+    guest.read(0, 0, 0, 512);
+    assert_eq!(guest.wait(0), (0, 513));
+}
+
+#[test]
+fn a_queue_whose_index_runs_ahead_is_left_alone_until_it_is_set_up_anew() {
+    let (server, _file) = Server::of_file(1, 1);
+    let mut guest = Guest::new(server.connect(), 1, 0);
+    guest.start();
+    for _ in 0..=QUEUE_SIZE {
+        guest.offer(0, 0);
+    }
+    guest.kick(0);
+    assert!(wait_for(&guest.queues[0].err, Instant::now() + PATIENCE));
+    assert!(guest.used(0).is_none());
+    let base = guest.front.get_vring_base(0).unwrap();
+    assert_eq!(base, 0);
+}
+
+#[test]
+fn many_requests_in_flight_are_answered_once_each() {
+    let (server, file) = Server::of_file(2, 1);
+    let mut guest = Guest::new(server.connect(), 2, 0);
+    guest.start();
+    for round in 0..200u64 {
+        for request in 0..20 {
+            let at = (round * 20 + u64::from(request)) % 512 * 4096;
+            guest.request((request % 2).into(), request, READ_KIND, at, 4096);
+        }
+        guest.kick(0);
+        guest.kick(1);
+        let mut seen = [false; 20];
+        for turn in 0..20 {
+            let (head, len) = guest.wait(turn % 2);
+            assert_eq!(len, 4097);
+            assert!(!std::mem::replace(&mut seen[head as usize / 3], true));
+        }
+        for request in 0..20u16 {
+            let at = (round * 20 + u64::from(request)) % 512 * 4096;
+            assert_eq!(guest.data(request)[..4096], content(&file, at, 4096));
+        }
+    }
+}
+
+#[test]
+fn get_vring_base_waits_for_what_is_in_flight_and_signals_first() {
+    let (server, mut pipe) = Server::of_pipe(2, 1);
+    let mut guest = Guest::new(server.connect(), 2, 0);
+    guest.start();
+    guest.read(0, 0, 0, 4096);
+    std::thread::sleep(Duration::from_millis(50));
+    while guest.queues[0].call.read().is_ok() {}
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(700));
+        pipe.write_all(&[5; 4096]).unwrap();
+        pipe
+    });
+    let begun = Instant::now();
+    assert_eq!(guest.front.get_vring_base(0).unwrap(), 1);
+    assert!(begun.elapsed() > Duration::from_millis(500));
+    assert!(guest.queues[0].call.read().is_ok(), "signalled before the reply");
+    assert_eq!(guest.used(0), Some((0, 4097)));
+    assert_eq!((guest.status(0), guest.data(0)[0]), (0, 5));
+    // A stopped ring is left alone; a ring set up again goes on.
+    guest.read(0, 1, 0, 512);
+    assert!(stays_silent(&guest.queues[0].call));
+    guest.set_ring(0, 1);
+    guest.front.set_vring_kick(0, &guest.queues[0].kick).unwrap();
+    guest.front.set_vring_call(0, &guest.queues[0].call).unwrap();
+    let mut pipe = release.join().unwrap();
+    pipe.write_all(&[6; 512]).unwrap();
+    assert_eq!(guest.wait(0), (3, 513));
+}
+
+#[test]
+fn disabling_a_ring_drains_it_and_enabling_finds_what_was_kicked_meanwhile() {
+    let (server, mut pipe) = Server::of_pipe(2, 2);
+    let mut guest = Guest::new(server.connect(), 2, 0);
+    guest.start();
+    guest.read(0, 0, 0, 4096);
+    std::thread::sleep(Duration::from_millis(50));
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        pipe.write_all(&[5; 4096]).unwrap();
+        pipe
+    });
+    let begun = Instant::now();
+    guest.front.set_vring_enable(0, false).unwrap();
+    assert!(begun.elapsed() > Duration::from_millis(200));
+    assert_eq!(guest.used(0), Some((0, 4097)));
+    let mut pipe = release.join().unwrap();
+    pipe.write_all(&[6; 512]).unwrap();
+    while guest.queues[0].call.read().is_ok() {}
+    guest.read(0, 1, 0, 512);
+    assert!(stays_silent(&guest.queues[0].call));
+    assert_eq!(guest.status(1), UNTOUCHED);
+    guest.front.set_vring_enable(0, true).unwrap();
+    assert_eq!(guest.wait(0), (3, 513));
+}
+
+#[test]
+fn a_kick_before_enable_and_a_call_fd_that_comes_late_lose_nothing() {
+    let (server, _file) = Server::of_file(1, 1);
+    let mut guest = Guest::new(server.connect(), 1, 0);
+    guest.set_ring(0, 0);
+    guest.front.set_vring_kick(0, &guest.queues[0].kick).unwrap();
+    guest.read(0, 0, 0, 512);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(guest.status(0), UNTOUCHED);
+    guest.front.set_vring_enable(0, true).unwrap();
+    let end = Instant::now() + PATIENCE;
+    while guest.status(0) == UNTOUCHED && Instant::now() < end {
+        std::thread::yield_now();
+    }
+    assert!(guest.queues[0].call.read().is_err());
+    guest.front.set_vring_call(0, &guest.queues[0].call).unwrap();
+    assert_eq!(guest.wait(0), (0, 513));
+}
+
+#[test]
+fn memory_goes_only_when_nothing_uses_it() {
+    let (server, mut pipe) = Server::of_pipe(1, 1);
+    let mut guest = Guest::new(server.connect(), 1, 0);
+    guest.start();
+    guest.read(0, 0, 0, 4096);
+    std::thread::sleep(Duration::from_millis(50));
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        pipe.write_all(&[5; 4096 + 512]).unwrap();
+        pipe
+    });
+    let begun = Instant::now();
+    let region = guest.region();
+    guest.front.remove_mem_region(&region).unwrap();
+    assert!(begun.elapsed() > Duration::from_millis(200));
+    assert_eq!(guest.used(0), Some((0, 4097)));
+    // No memory, no rings: the queue breaks, the session goes on, and so does the queue then.
+    while guest.queues[0].call.read().is_ok() {}
+    guest.read(0, 1, 0, 512);
+    assert!(stays_silent(&guest.queues[0].call));
+    assert!(guest.used(0).is_none());
+    guest.front.add_mem_region(&region).unwrap();
+    assert_eq!(guest.wait(0), (3, 513));
+    release.join().unwrap();
+}
+
+#[test]
+fn a_disconnect_waits_for_what_is_in_flight_and_the_next_frontend_is_served() {
+    let (server, mut pipe) = Server::of_pipe(1, 1);
+    let mut guest = Guest::new(server.connect(), 1, 0);
+    guest.start();
+    guest.read(0, 0, 0, 4096);
+    std::thread::sleep(Duration::from_millis(50));
+    let Guest { front, memory, .. } = guest;
+    drop(front);
+    let second = server.connect();
+    assert!(server.seen.recv_timeout(Duration::from_millis(200)).is_err());
+    pipe.write_all(&[5; 4096 + 512]).unwrap();
+    assert_eq!(server.ended(), None);
+    assert_eq!(memory.read_obj::<u8>(Guest::data_at(0)).unwrap(), 5);
+    let mut guest = Guest::new(second, 1, 0);
+    guest.start();
+    guest.read(0, 0, 0, 512);
+    assert_eq!(guest.wait(0), (0, 513));
+}
+
+#[test]
+fn a_reset_is_told_and_so_is_a_new_driver() {
+    let (server, _file) = Server::of_file(1, 1);
+    let mut guest = Guest::new(server.connect(), 1, 0);
+    guest.start();
+    // Stopped and continued: no new driver.
+    guest.read(0, 0, 0, 512);
+    guest.wait(0);
+    let base = guest.front.get_vring_base(0).unwrap();
+    guest.set_ring(0, u16::try_from(base).unwrap());
+    guest.front.reset_device().unwrap();
+    assert_eq!(server.seen.recv_timeout(PATIENCE).unwrap(), Seen::Reset);
+    guest.front.set_features(guest.front.get_features().unwrap()).unwrap();
+    guest.start();
+    guest.set_ring(0, 0);
+    assert_eq!(server.seen.recv_timeout(PATIENCE).unwrap(), Seen::Reset);
+}
+
+#[test]
+fn the_driver_sets_the_cache_mode_and_nothing_else() {
+    let (server, _file) = Server::of_file(1, 1);
+    let mut guest = Guest::new(server.connect(), 1, 0);
+    let flags = VhostUserConfigFlags::WRITABLE;
+    let config = |front: &mut Frontend| front.get_config(0, 60, flags, &[0; 60]).unwrap().1;
+    let before = config(&mut guest.front);
+    assert_eq!(before[32], 1);
+    guest.front.set_config(32, flags, &[0]).unwrap();
+    guest.front.set_config(0, flags, &[9; 8]).unwrap();
+    let mut expected = before;
+    expected[32] = 0;
+    assert_eq!(config(&mut guest.front), expected);
+    guest.start();
+    guest.request(0, 0, WRITE_KIND, 0, 4096);
+    guest.kick(0);
+    assert_eq!(guest.wait(0), (0, 1));
+}
+
+#[test]
+fn nonsense_ends_the_session_with_a_reason() {
+    let (server, _file) = Server::of_file(1, 1);
+    let mut stream = server.connect();
+    stream.write_all(&[0xff; 12]).unwrap();
+    assert!(server.ended().unwrap().contains("payload"));
+    let guest = Guest::new(server.connect(), 1, 0);
+    guest.front.set_vring_num(7, 1).unwrap_err();
+    assert!(server.ended().unwrap().contains("protocol"));
+}
+
+/// Alone in its process under nextest; with the other tests in one, their fds come and go.
+#[test]
+fn fifty_sessions_leave_nothing_behind() {
+    let test = || {
+        let (server, _file) = Server::of_file(8, 4);
+        let session = || {
+            let mut guest = Guest::new(server.connect(), 8, 0);
+            guest.start();
+            guest.read(3, 0, 0, 512);
+            guest.wait(3);
+            drop(guest);
+            server.ended();
+            // The next connection is taken only when this one is gone.
+            drop(server.connect());
+            server.ended();
+        };
+        session();
+        let before = fds();
+        (0..50).for_each(|_| session());
+        // The last session may still be on its way out; a leak of fifty stays.
+        let started = Instant::now();
+        while fds() > before + 2 && started.elapsed() < Duration::from_secs(20) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        (before, fds())
+    };
+    if std::env::var_os("NEXTEST").is_none() {
+        return run_alone("fifty_sessions_leave_nothing_behind");
+    }
+    let (before, after) = test();
+    assert!(after <= before + 2, "{before} fds before, {after} after");
+}
+
+fn run_alone(test: &str) {
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    let name = format!("virtio::session::tests::{test}");
+    let status = command.args(["--exact", &name]).env("NEXTEST", "1").status().unwrap();
+    assert!(status.success());
+}

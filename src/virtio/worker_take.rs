@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! From the available ring to the engine.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vm_memory::Bytes;
+
+use super::{Disk, Worker};
+use crate::engine::request::{self, Kind, Parsed, Request, Status};
+use crate::virtio::Memory;
+use crate::virtio::chain::{Chain, Malformed, Parts, Piece, Table};
+use crate::virtio::features::MAX_DATA;
+use crate::virtio::queue::Vring;
+use crate::virtio::requests::Pending;
+
+/// A chain on its way in.
+#[derive(Clone, Copy)]
+struct Arrival {
+    queue: usize,
+    head: u16,
+    now: Duration,
+}
+
+impl<D: Disk> Worker<D> {
+    /// Takes a batch from every queue that may be served. True if there was anything.
+    pub(super) fn take_all(&mut self, vrings: &[Vring]) -> bool {
+        if self.holds_everything() {
+            return false;
+        }
+        let Some(mut disk) = self.disk.take() else { return false };
+        let mut any = false;
+        for (place, vring) in vrings.iter().enumerate() {
+            any |= self.take(&mut disk, place, vring);
+        }
+        self.disk = Some(disk);
+        any
+    }
+
+    fn take(&mut self, disk: &mut D, place: usize, vring: &Vring) -> bool {
+        let Some(queue) = self.queues.get_mut(place) else { return false };
+        if !queue.is_open() {
+            return false;
+        }
+        let mut heads = std::mem::take(&mut self.heads);
+        heads.clear();
+        let result = queue.take(vring, &self.memory, &mut heads);
+        let any = match result {
+            Err(why) => {
+                self.break_queue(place, why);
+                false
+            }
+            Ok(_) if heads.is_empty() => false,
+            Ok(at) => {
+                self.adopt_write_through();
+                let memory = Arc::clone(&self.memory);
+                let table = Table::new(&memory, at.table, u32::from(at.size));
+                let now = disk.now();
+                for head in heads.drain(..) {
+                    let arrival = Arrival { queue: place, head, now };
+                    self.arrive(disk, &memory, &table, arrival);
+                }
+                true
+            }
+        };
+        self.heads = heads;
+        any
+    }
+
+    /// Looked at after a batch was taken and before any of it is accepted: a guest that was told
+    /// that `writeback` is 0 before it made a write available gets write-through for it.
+    fn adopt_write_through(&mut self) {
+        let wanted = self.backend.write_through();
+        if self.write_through != Some(wanted) {
+            self.write_through = Some(wanted);
+            self.engine.set_write_through(wanted);
+        }
+    }
+
+    fn arrive(&mut self, disk: &mut D, memory: &Arc<Memory>, table: &Table<'_>, arrival: Arrival) {
+        match self.chain.parse(table, arrival.head) {
+            Ok(parts) => self.begin(disk, memory, parts, arrival),
+            Err(why) => self.refuse(arrival, why),
+        }
+    }
+
+    /// Nobody knows where the status of a malformed chain would go: it goes back unwritten.
+    fn refuse(&mut self, arrival: Arrival, why: Malformed) {
+        let Some(queue) = self.queues.get_mut(arrival.queue) else { return };
+        queue.counters.malformed.add(1);
+        queue.done(arrival.head, 0);
+        if let Some(err) = &queue.err {
+            err.signal();
+        }
+        let index = queue.index;
+        if let Some(times) = self.malformed.tell() {
+            tracing::warn!(queue = index, times, %why, "malformed descriptor chain");
+        }
+    }
+
+    fn begin(&mut self, disk: &mut D, memory: &Arc<Memory>, parts: Parts, arrival: Arrival) {
+        let kind = match self.parse(&parts) {
+            Parsed::Io(kind) => kind,
+            Parsed::GetId => {
+                let status = self.write_id(memory);
+                return self.answer_now(&parts, arrival, status);
+            }
+            Parsed::Answer(status) => return self.answer_now(&parts, arrival, status),
+        };
+        let Arrival { queue, head, now } = arrival;
+        let written = written(&parts);
+        let pending = Pending { queue, head, status: parts.status, written, since: now };
+        let Some(tag) = self.requests.enter(pending) else {
+            return self.answer_now(&parts, arrival, Status::IoError);
+        };
+        let aligned = match data(&self.chain, kind) {
+            [] => Some(true),
+            pieces => disk.attach(tag, memory, pieces),
+        };
+        match aligned {
+            Some(mem_aligned) => self.engine.accept(disk, tag, Request { kind, mem_aligned }),
+            None => {
+                self.requests.leave(tag);
+                self.answer_now(&parts, arrival, Status::IoError);
+            }
+        }
+    }
+
+    fn parse(&self, parts: &Parts) -> Parsed {
+        let Some(header) = parts.header else { return Parsed::Answer(Status::IoError) };
+        if parts.readable > MAX_DATA || parts.writable > MAX_DATA {
+            return Parsed::Answer(Status::IoError);
+        }
+        request::parse(header, parts.readable, parts.writable, self.backend.limits())
+    }
+
+    fn answer_now(&mut self, parts: &Parts, arrival: Arrival, status: Status) {
+        if status != Status::Ok {
+            self.counters.errors.add(1);
+        }
+        self.answer(arrival.queue, arrival.head, parts.status, status, written(parts));
+    }
+
+    /// Copies the serial number into the first 20 writable bytes (virtio 1.3, 5.2.6).
+    fn write_id(&self, memory: &Memory) -> Status {
+        let mut rest = self.backend.id().as_slice();
+        for (start, len) in self.chain.writable_data() {
+            let take = rest.len().min(usize::try_from(*len).unwrap_or(usize::MAX));
+            let (now, later) = rest.split_at(take);
+            if memory.write_slice(now, *start).is_err() {
+                return Status::IoError;
+            }
+            rest = later;
+        }
+        Status::Ok
+    }
+}
+
+/// The pieces a request's data are in.
+fn data(chain: &Chain, kind: Kind) -> &[Piece] {
+    match kind {
+        Kind::Read(_) => chain.writable_data(),
+        Kind::Write(_) | Kind::Discard(_) => chain.readable_data(),
+        Kind::Flush => &[],
+    }
+}
+
+/// Bytes of guest memory a request may write, the status byte included.
+fn written(parts: &Parts) -> u32 {
+    u32::try_from(parts.writable.saturating_add(1)).unwrap_or(u32::MAX)
+}

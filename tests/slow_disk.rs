@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A slow and failing disk under the image: kills, ends and errors with requests in flight.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use integration::rig::frontend::{self, Frontend, kind};
+use integration::rig::model::Model;
+use integration::rig::slow_disk::{Operation, Rule};
+use integration::rig::wait::until;
+use integration::rig::workload::Workload;
+use integration::rig::{
+    Backing, Bed, Client, ClientOptions, Daemon, LoopDisk, Queue, Request, Rig, Setup, Shape,
+    SlowDisk,
+};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
+const MIB: u64 = 1 << 20;
+const SOON: Duration = Duration::from_secs(2);
+const GHOST: [u8; 4096] = [0x67; 4096];
+const NEWER: [u8; 4096] = [0x6e; 4096];
+
+fn slow_disk(rig: &Rig) -> (SlowDisk, Setup) {
+    let slow = SlowDisk::mount(64 * MIB, &rig.dir("slow").unwrap()).unwrap();
+    let setup = Setup { backing: Backing::File(slow.path()), ..Setup::default() };
+    (slow, setup)
+}
+
+/// Submits a write whose data is recognised by the slow disk and waits until the disk has it.
+fn write_slowly(slow: &SlowDisk, queue: &mut Queue, offset: u64, rule: Rule) {
+    let before = slow.counts().hit;
+    slow.add(rule.starting(&GHOST).times(1));
+    queue.submit(Request::Write { offset, data: &GHOST }, &Shape::whole(), 1).unwrap();
+    queue.kick().unwrap();
+    until("the slow write", SOON, || (slow.counts().hit > before).then_some(())).unwrap();
+}
+
+/// The daemon is killed with a 2 s write in flight and started again at once: the ghost must not win.
+fn newer_write_survives(options: &[&str]) {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, options).unwrap();
+    if options.is_empty() {
+        bed.await_direct(SOON).unwrap();
+    }
+    let mut client = bed.connect(1).unwrap();
+    let start = Instant::now();
+    write_slowly(&slow, client.queue(0).unwrap(), 40960, Rule::delay(Operation::Write, SOON));
+    bed.daemon.sigkill().unwrap();
+    assert!(slow.counts().in_flight > 0, "the write was over before the kill");
+    // Not waiting for its end: the socket is still a live one now and then.
+    bed.restart(options).unwrap();
+    let mut next = bed.connect(1).unwrap();
+    next.write_at(40960, &NEWER).unwrap();
+    bed.model.write(40960, &NEWER).unwrap();
+    thread::sleep((SOON + Duration::from_millis(300)).saturating_sub(start.elapsed()));
+    until("the ghost's landing", SOON, || (slow.counts().in_flight == 0).then_some(())).unwrap();
+    assert!(next.read_at(40960, 4096).unwrap() == NEWER, "the killed daemon's write came last");
+    bed.model.check(0, &next.read_at(0, 128 << 10).unwrap()).unwrap();
+    drop((client, next));
+    bed.finish().unwrap();
+}
+
+#[test]
+fn sigkill_with_a_write_in_flight_and_the_newer_write_survives() {
+    newer_write_survives(&[]);
+}
+
+#[test]
+fn sigkill_with_a_write_in_flight_in_filesystem_mode() {
+    newer_write_survives(&["--mode", "filesystem"]);
+}
+
+#[test]
+fn sigkill_with_a_write_in_flight_to_a_block_device() {
+    let Some(rig) = Rig::enter() else { return };
+    let slow = SlowDisk::mount(64 * MIB, &rig.dir("slow").unwrap()).unwrap();
+    let disk = LoopDisk::attach(0, 512, &Backing::File(slow.path())).unwrap();
+    let run = rig.dir("run").unwrap();
+    let start_daemon = || Daemon::start(Path::new(PROGRAM), &run, disk.path(), &[]).unwrap();
+    let first = start_daemon();
+    let mut client = Client::connect(first.socket(), &ClientOptions::default()).unwrap();
+    let start = Instant::now();
+    write_slowly(&slow, client.queue(0).unwrap(), 40960, Rule::delay(Operation::Write, SOON));
+    first.sigkill().unwrap();
+    assert!(slow.counts().in_flight > 0, "the write was over before the kill");
+    let second = start_daemon();
+    let mut next = Client::connect(second.socket(), &ClientOptions::default()).unwrap();
+    next.write_at(40960, &NEWER).unwrap();
+    thread::sleep((SOON + Duration::from_millis(300)).saturating_sub(start.elapsed()));
+    assert!(next.read_at(40960, 4096).unwrap() == NEWER, "the killed daemon's write came last");
+}
+
+#[test]
+fn sigterm_drains_what_is_in_flight() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut client = bed.connect(1).unwrap();
+    let start = Instant::now();
+    write_slowly(
+        &slow,
+        client.queue(0).unwrap(),
+        40960,
+        Rule::delay(Operation::Write, Duration::from_millis(800)),
+    );
+    bed.model.write(40960, &GHOST).unwrap();
+    let socket: PathBuf = bed.daemon.socket().into();
+    assert!(bed.daemon.sigterm().unwrap().success(), "{}", bed.daemon.log());
+    assert!(start.elapsed() >= Duration::from_millis(700), "it did not wait for the write");
+    assert!(!socket.exists(), "the socket is left behind");
+    bed.restart(&[]).unwrap();
+    bed.finish().unwrap();
+}
+
+#[test]
+fn a_frontend_gone_with_io_in_flight_and_the_next_at_once() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut client = bed.connect(2).unwrap();
+    write_slowly(
+        &slow,
+        client.queue(1).unwrap(),
+        40960,
+        Rule::delay(Operation::Write, Duration::from_secs(1)),
+    );
+    drop(client);
+    let mut next = bed.connect(2).unwrap();
+    next.write_at(40960, &NEWER).unwrap();
+    bed.model.write(40960, &NEWER).unwrap();
+    let load = Workload { requests: 200, ..Workload::default() };
+    load.run(next.queues(), &mut bed.model).unwrap();
+    drop(next);
+    bed.finish().unwrap();
+}
+
+#[test]
+fn get_vring_base_answers_after_what_is_in_flight() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let features = frontend::VERSION_1 | frontend::EVENT_IDX;
+    let mut front = Frontend::start(bed.daemon.socket(), 2, 64, features).unwrap();
+    slow.add(Rule::delay(Operation::Write, Duration::from_millis(800)).starting(&GHOST).times(1));
+    let ring = front.ring_mut(0).unwrap();
+    ring.write_bytes(&GHOST, ring.data(0)).unwrap();
+    ring.prepare(0, kind::OUT, 80, 4096, false).unwrap();
+    ring.publish(0).unwrap();
+    ring.kick().unwrap();
+    until("the slow write", SOON, || (slow.counts().hit > 0).then_some(())).unwrap();
+    let start = Instant::now();
+    assert_eq!(front.stop(0).unwrap(), 1);
+    assert!(start.elapsed() > Duration::from_millis(500), "it did not wait for the write");
+    let ring = front.ring_mut(0).unwrap();
+    assert!(ring.called(Duration::ZERO).unwrap(), "stopped without a call");
+    assert_eq!(ring.take_used().unwrap().map(|used| used.id), Some(0));
+    assert_eq!(ring.status(0).unwrap(), 0);
+    bed.model.write(40960, &GHOST).unwrap();
+
+    // The other ring goes on, and this one can be started again where it stopped.
+    for (index, base) in [(1, None), (0, Some(1))] {
+        if let Some(base) = base {
+            front.set_up(index, base).unwrap();
+            front.set_kick(index).unwrap();
+            front.set_call(index).unwrap();
+            front.enable(index, true).unwrap();
+        }
+        let ring = front.ring_mut(index).unwrap();
+        ring.prepare(4, kind::IN, 80, 4096, true).unwrap();
+        ring.publish(4).unwrap();
+        ring.kick().unwrap();
+        assert_eq!(ring.wait_used(SOON).unwrap().id, 4);
+        assert!(ring.read_bytes(ring.data(4), 4096).unwrap() == GHOST);
+    }
+    drop(front);
+    bed.finish().unwrap();
+}
+
+/// A reader that comes while a raw write is in flight waits for it, sees it, and leaves nothing stale behind.
+#[test]
+fn a_lease_break_waits_for_the_write_in_flight() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    bed.await_direct(SOON).unwrap();
+    let mut client = bed.connect(2).unwrap();
+    let rule = Rule::delay(Operation::Write, Duration::from_millis(800));
+    write_slowly(&slow, client.queue(0).unwrap(), 40960, rule);
+    bed.model.write(40960, &GHOST).unwrap();
+    let start = Instant::now();
+    let bytes = thread::scope(|scope| {
+        let reader = scope.spawn(|| bed.host_bytes().unwrap());
+        thread::sleep(Duration::from_millis(100));
+        // The guest goes on all the while.
+        let queue = client.queue(1).unwrap();
+        queue.write_at(MIB, &NEWER).unwrap();
+        assert!(queue.read_at(MIB, 4096).unwrap() == NEWER);
+        reader.join().unwrap()
+    });
+    assert!(start.elapsed() > Duration::from_millis(500), "the reader got in during the write");
+    // What the guest wrote meanwhile the reader may have seen or not; what was in flight before it came, it must.
+    bed.model.check(0, bytes.get(..1 << 20).unwrap()).unwrap();
+    bed.model.write(MIB, &NEWER).unwrap();
+    assert_eq!(client.queue(0).unwrap().drain().unwrap().len(), 1);
+    bed.await_direct(SOON).unwrap();
+    drop(client);
+    bed.finish().unwrap();
+}
+
+#[test]
+fn a_failed_request_fails_alone() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut client = bed.connect(1).unwrap();
+    slow.add(Rule::fail(Operation::Write).starting(&GHOST));
+    let queue = client.queue(0).unwrap();
+    for token in 0..8 {
+        let data = if token == 3 { &GHOST } else { &NEWER };
+        queue
+            .submit(Request::Write { offset: token * 8192, data }, &Shape::whole(), token)
+            .unwrap();
+    }
+    queue.kick().unwrap();
+    for done in queue.drain().unwrap() {
+        assert_eq!(done.result.is_err(), done.token == 3, "{done:?}");
+    }
+    slow.heal();
+    client.write_at(3 * 8192, &GHOST).unwrap();
+    assert!(client.read_at(3 * 8192, 4096).unwrap() == GHOST);
+    assert_eq!(bed.daemon.status().unwrap().number("requests/errors"), 1);
+}
+
+#[test]
+fn a_failed_flush_is_not_forgotten_until_the_session_ends() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut client = bed.connect(2).unwrap();
+    client.write_at(0, &NEWER).unwrap();
+    client.flush().unwrap();
+    client.write_at(0, &NEWER).unwrap();
+    slow.add(Rule::fail(Operation::Flush).times(1));
+    assert!(client.flush().is_err());
+    slow.heal();
+    assert!(client.flush().is_err(), "the failed flush is forgotten");
+    assert!(client.queue(1).unwrap().flush().is_err(), "on the other queue too");
+    // Reads and writes go on.
+    client.write_at(4096, &NEWER).unwrap();
+    assert!(client.read_at(4096, 4096).unwrap() == NEWER);
+    drop(client);
+    let mut next = bed.connect(1).unwrap();
+    next.write_at(0, &NEWER).unwrap();
+    next.flush().unwrap();
+}
+
+/// A flush waits for the writes accepted before it on every queue.
+#[test]
+fn a_flush_waits_for_the_other_queues_writes() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut client = bed.connect(2).unwrap();
+    write_slowly(
+        &slow,
+        client.queue(1).unwrap(),
+        40960,
+        Rule::delay(Operation::Write, Duration::from_millis(600)),
+    );
+    let (start, flushes) = (Instant::now(), slow.counts().flushes);
+    client.flush().unwrap();
+    assert!(start.elapsed() > Duration::from_millis(400), "it did not wait");
+    assert!(slow.counts().flushes > flushes, "no flush reached the disk");
+    assert_eq!(client.queue(1).unwrap().drain().unwrap().len(), 1);
+}
+
+/// Requests reach the disk in parallel, and a slow one holds no other up.
+#[test]
+fn a_slow_request_holds_no_other_up() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut client = bed.connect(1).unwrap();
+    let mut model = Model::new(bed.model.bytes().to_vec());
+    write_slowly(&slow, client.queue(0).unwrap(), 40960, Rule::hold(Operation::Write));
+    let queue = client.queue(0).unwrap();
+    for token in 10..26 {
+        let offset = (token - 10) * 8192 + MIB;
+        queue.submit(Request::Write { offset, data: &NEWER }, &Shape::whole(), token).unwrap();
+        model.write(offset, &NEWER).unwrap();
+    }
+    queue.kick().unwrap();
+    let mut done = 0;
+    while done < 16 {
+        for request in queue.wait().unwrap() {
+            assert!(request.token >= 10 && request.result.is_ok());
+            done += 1;
+        }
+    }
+    slow.heal();
+    assert_eq!(queue.drain().unwrap().len(), 1);
+    model.write(40960, &GHOST).unwrap();
+    model.check(0, &client.read_at(0, 128 << 10).unwrap()).unwrap();
+    model.check(MIB, &client.read_at(MIB, 256 << 10).unwrap()).unwrap();
+}

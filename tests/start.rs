@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Starting, sharing and resting: what it costs to open an image, who else may, and what an idle daemon does.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use integration::rig::command::spawn;
+use integration::rig::model::Model;
+use integration::rig::workload::Workload;
+use integration::rig::{
+    Backing, Bed, Client, ClientOptions, Daemon, Filesystem, Kind, Layout, LoopDisk, Rig, Setup,
+    Status,
+};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
+const MIB: u64 = 1 << 20;
+const TIB: u64 = 1 << 40;
+const SOON: Duration = Duration::from_secs(2);
+
+fn daemon(rig: &Rig, name: &str, image: &Path, options: &[&str]) -> std::io::Result<Daemon> {
+    let dir = rig.path().join(name);
+    std::fs::create_dir_all(&dir)?;
+    Daemon::start(Path::new(PROGRAM), &dir, image, options)
+}
+
+/// Starts one more daemon for `image`, which must not get as far as its socket.
+fn rival(rig: &Rig, image: &Path) -> (Child, PathBuf) {
+    let socket = rig.dir("rival").unwrap().join("blk.sock");
+    let mut command = Command::new(PROGRAM);
+    command.arg("--blk-file").arg(image).arg("--socket-path").arg(&socket).stderr(Stdio::null());
+    (spawn(&mut command).unwrap(), socket)
+}
+
+#[test]
+fn read_only_images_are_shared() {
+    let Some(rig) = Rig::enter() else { return };
+    let fs = Filesystem::make(Kind::Ext4, 64 * MIB, 512, &Backing::Memory, &rig.dir("fs").unwrap())
+        .unwrap();
+    let image = fs.path().join("image");
+    let mut model = Model::new(Layout::Mixed.make(&image, 8 * MIB, 1).unwrap());
+    let first = daemon(&rig, "first", &image, &["--read-only"]).unwrap();
+    let second = daemon(&rig, "second", &image, &["--read-only"]).unwrap();
+    for daemon in [&first, &second] {
+        daemon.await_status("direct mode", SOON, Status::direct).unwrap();
+        let mut client = Client::connect(daemon.socket(), &ClientOptions::queues(2)).unwrap();
+        assert_ne!(client.features() & (1 << 5), 0, "VIRTIO_BLK_F_RO is not offered");
+        let load = Workload { requests: 300, write: false, ..Workload::default() };
+        load.run(client.queues(), &mut model).unwrap();
+        assert!(client.write_at(0, &[1; 512]).is_err(), "a write to a read-only image");
+        assert!(daemon.status().unwrap().number("segments/direct") > 0);
+    }
+    // A writer is refused while they share it, and a reader of the file disturbs neither.
+    let (mut writer, socket) = rival(&rig, &image);
+    std::thread::sleep(Duration::from_millis(500));
+    let served = socket.exists();
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    assert!(!served, "a writer serves an image that others share");
+    model.check(0, &std::fs::read(&image).unwrap()).unwrap();
+    for daemon in [&first, &second] {
+        daemon.await_status("direct mode", SOON, Status::direct).unwrap();
+    }
+}
+
+#[test]
+fn a_writable_image_has_one_daemon() {
+    let Some(rig) = Rig::enter() else { return };
+    let bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
+    bed.await_direct(SOON).unwrap();
+    let mut client = bed.connect(1).unwrap();
+    client.write_at(0, &[1; 4096]).unwrap();
+    // The second waits for the lock a while; what matters is that the first goes on and the second never serves.
+    // The second waits for the lock a while; what matters is that the first goes on and the second never serves.
+    let (mut second, socket) = rival(&rig, &bed.image);
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(1) {
+        client.write_at(4096, &[2; 4096]).unwrap();
+        assert!(!socket.exists(), "two daemons serve one image");
+    }
+    second.kill().unwrap();
+    second.wait().unwrap();
+    bed.await_direct(SOON).unwrap();
+    assert_eq!(client.read_at(4096, 4096).unwrap(), vec![2; 4096]);
+}
+
+#[test]
+fn a_writable_block_device_has_one_daemon() {
+    let Some(rig) = Rig::enter() else { return };
+    let disk = LoopDisk::attach(8 * MIB, 512, &Backing::Memory).unwrap();
+    let first = daemon(&rig, "first", disk.path(), &[]).unwrap();
+    let (mut second, socket) = rival(&rig, disk.path());
+    std::thread::sleep(Duration::from_millis(500));
+    let served = socket.exists();
+    second.kill().unwrap();
+    second.wait().unwrap();
+    assert!(!served, "two daemons serve one block device");
+    drop(first);
+}
+
+/// While somebody has the image open, it is served through the filesystem; when he has gone, directly.
+#[test]
+fn an_image_open_elsewhere_starts_in_filesystem_mode() {
+    let Some(rig) = Rig::enter() else { return };
+    let fs = Filesystem::make(Kind::Ext4, 64 * MIB, 512, &Backing::Memory, &rig.dir("fs").unwrap())
+        .unwrap();
+    let image = fs.path().join("image");
+    let mut model = Model::new(Layout::Written.make(&image, 8 * MIB, 1).unwrap());
+    let reader = File::open(&image).unwrap();
+    let daemon = daemon(&rig, "run", &image, &[]).unwrap();
+    let status = daemon.status().unwrap();
+    assert!(!status.direct() && !status.reason().is_empty(), "{status:?}");
+    let mut client = Client::connect(daemon.socket(), &ClientOptions::queues(2)).unwrap();
+    let load = Workload { requests: 200, ..Workload::default() };
+    load.run(client.queues(), &mut model).unwrap();
+    drop(reader);
+    daemon.await_status("direct mode", Duration::from_secs(10), Status::direct).unwrap();
+    Workload { seed: 2, ..load }.run(client.queues(), &mut model).unwrap();
+    drop((client, daemon));
+    model.check(0, &std::fs::read(&image).unwrap()).unwrap();
+    fs.check().unwrap();
+}
+
+/// Opening 1 TiB costs what 1 MiB costs: the same number of FIEMAP calls. The bench compares the times, which are noise here.
+#[test]
+fn opening_a_tebibyte_costs_what_a_mebibyte_costs() {
+    let Some(rig) = Rig::enter() else { return };
+    let fs = Filesystem::make(Kind::Ext4, 64 * MIB, 512, &Backing::Memory, &rig.dir("fs").unwrap())
+        .unwrap();
+    let calls = [("small", MIB), ("large", TIB)].map(|(name, size)| {
+        let image = fs.path().join(name);
+        File::create(&image).unwrap().set_len(size).unwrap();
+        let mut daemon = daemon(&rig, name, &image, &[]).unwrap();
+        let client = Client::connect(daemon.socket(), &ClientOptions::default()).unwrap();
+        assert_eq!(client.capacity(), size);
+        let status = daemon.await_status("direct mode", SOON, Status::direct).unwrap();
+        drop(client);
+        assert!(daemon.sigterm().unwrap().success());
+        status.number("extents/fiemap_calls")
+    });
+    assert_eq!(calls[0], calls[1], "FIEMAP calls for 1 MiB and for 1 TiB");
+}
+
+#[test]
+fn a_tebibyte_can_be_used_at_its_end() {
+    let Some(rig) = Rig::enter() else { return };
+    let fs = Filesystem::make(Kind::Xfs, 400 * MIB, 512, &Backing::Memory, &rig.dir("fs").unwrap())
+        .unwrap();
+    let image = fs.path().join("image");
+    File::create(&image).unwrap().set_len(TIB).unwrap();
+    let daemon = daemon(&rig, "run", &image, &[]).unwrap();
+    let mut client = Client::connect(daemon.socket(), &ClientOptions::default()).unwrap();
+    for offset in [0, TIB / 2, TIB - 4096] {
+        assert_eq!(client.read_at(offset, 4096).unwrap(), vec![0; 4096]);
+        client.write_at(offset, &[8; 4096]).unwrap();
+        assert_eq!(client.read_at(offset, 4096).unwrap(), vec![8; 4096]);
+    }
+    assert!(client.write_at(TIB, &[8; 512]).is_err());
+}
+
+/// Two seconds of doing nothing, connected, in direct mode, after some work: no tick of the clock is ours.
+#[test]
+fn an_idle_daemon_uses_no_cpu() {
+    let Some(rig) = Rig::enter() else { return };
+    let mut bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
+    bed.await_direct(SOON).unwrap();
+    let mut client = bed.connect(4).unwrap();
+    Workload { requests: 100, ..Workload::default() }.run(client.queues(), &mut bed.model).unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let switches = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", bed.daemon.pid())).unwrap();
+        let of = |text: String| -> u64 {
+            let lines = text.lines().filter(|line| line.contains("voluntary_ctxt_switches"));
+            lines.filter_map(|line| line.split_whitespace().last()?.parse::<u64>().ok()).sum()
+        };
+        tasks
+            .map(|task| of(std::fs::read_to_string(task.unwrap().path().join("status")).unwrap()))
+            .sum::<u64>()
+    };
+    let (ticks, before) = (bed.daemon.cpu_ticks().unwrap(), switches());
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(bed.daemon.cpu_ticks().unwrap(), ticks, "clock ticks");
+    assert_eq!(switches(), before, "context switches: something wakes up");
+}
