@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -286,4 +287,25 @@ fn serial_a_forced_break_stops_raw_writes() {
     assert!(std::fs::read(&canary).unwrap() == bytes, "a write landed in another file");
     drop(bed.daemon);
     bed.fs.check().unwrap();
+}
+
+/// Looking at a served image by its path is refused before it could break the lease, and without a warning of that.
+#[test]
+fn extentctl_does_not_disturb_who_serves_the_image() {
+    let Some(rig) = Rig::enter() else { return };
+    let fs = Filesystem::make(Kind::Ext4, 64 * MIB, 512, &Backing::Memory, &rig.dir("fs").unwrap())
+        .unwrap();
+    let image = fs.path().join("image");
+    std::fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let daemon = Daemon::start(Path::new(PROGRAM), &rig.dir("run").unwrap(), &image, &[]).unwrap();
+    daemon.await_status("direct mode", SOON, Status::direct).unwrap();
+    for action in ["check", "map"] {
+        let mut extentctl = Command::new(env!("CARGO_BIN_EXE_extentctl"));
+        let output = extentctl.arg(action).arg(&image).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), said.lines().count()), (Some(2), 1), "{said}");
+        assert!(said.contains("ask that with -c SOCKET"), "{said}");
+    }
+    let status = daemon.status().unwrap();
+    assert_eq!((status.direct(), status.number("lease_breaks")), (true, 0));
 }

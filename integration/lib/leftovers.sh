@@ -24,13 +24,14 @@ running() {
 
 remember_attached() { BEFORE=$(attached | sort); }
 
-# Loop devices with autoclear and killed processes may take a moment to go.
+# Loop devices with autoclear and killed processes may take a moment to go, and so may those of
+# somebody else: a run beside this one has its own for seconds at a time.
 nothing_left() {
-    local tries left=""
-    for tries in 1 2 3 4 5 6; do
+    local pause left=""
+    for pause in 0.1 0.2 0.4 0.8 1.6 3.2 6.4 12.8; do
         left=$(comm -13 <(echo "$BEFORE") <(attached | sort); running)
         [ -n "$left" ] || return 0
-        sleep "0.$((tries * 15))"
+        sleep "$pause"
     done
     printf 'left behind: %s\n' "$left"
     return 1

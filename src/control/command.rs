@@ -164,10 +164,12 @@ fn gather(
     }
 }
 
-/// Opens an image to look at it, and warns if that disturbs a daemon that serves it.
+/// Opens an image to look at it, and warns if that breaks a lease. An extentd that serves the image
+/// for writing is not disturbed: its byte locks are seen first, and the image is not opened.
 fn open(path: &Path) -> Result<Image, CommandError> {
     // What cannot be looked at fails to open, too, and that says it better.
-    if let Ok(Some(pid)) = leases::holder(path) {
+    let lease = leases::holder(path).ok().flatten().filter(|_| !Image::is_locked(path, true));
+    if let Some(pid) = lease {
         let who = if pid == 0 { "another process".to_owned() } else { format!("process {pid}") };
         let path = path.display();
         // Without a stderr nobody is there to be warned.

@@ -56,6 +56,7 @@ impl Small {
             max_extents: 10_000,
             lease_break_time: Duration::from_secs(40),
             proven: true,
+            barriers: true,
             rules: Rules::default(),
         };
         change(&mut config);
@@ -450,6 +451,24 @@ fn settling_does_not_forget_blocks_that_others_address() {
         let mapped = view.map.iter().filter(|e| e.state == State::Mapped);
         assert_eq!(mapped.collect::<Vec<Extent>>(), known);
         assert_ne!(small.seen(2), Some(State::Hole));
+    }
+}
+
+#[test]
+fn without_barriers_a_metadata_commit_is_followed_by_a_device_flush() {
+    let mut small = Small::direct(|config| config.barriers = false);
+    let reached = |id, file| ToKeeper::PointReached { id: PointId(id), raw: None, file };
+    for (id, written) in [(1, false), (2, true), (3, false)] {
+        small.say(A, ToKeeper::Flush(Tag(0)));
+        small.say(A, reached(id, written));
+        if id == 3 {
+            assert_eq!(small.take(A)[1..], [ToWorker::Flushed(Tag(0), 0)], "nothing is dirty");
+            continue;
+        }
+        let sync = ToWorker::Sync { image: true, device: Some(DeviceOffset(0)) };
+        assert_eq!(small.take(A)[1..], [sync]);
+        small.say(A, ToKeeper::Synced(0));
+        small.take(A);
     }
 }
 

@@ -199,6 +199,7 @@ impl Rig {
             max_extents: 1000,
             lease_break_time: Duration::from_secs(40),
             proven: true,
+            barriers: true,
             rules: Rules::default(),
         };
         let shared = Arc::new(Shared::new());

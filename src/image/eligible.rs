@@ -179,16 +179,26 @@ fn filesystem(subject: &Subject<'_>, mount: &Mount) -> Result<bool, NotEligible>
     Err(NotEligible::Filesystem { kind: mount.kind.clone() })
 }
 
+/// Whether the filesystem flushes the device's cache when it is told to sync a file (R14). Of those
+/// that are eligible only the ext4 driver can be told not to.
+pub(super) fn barriers(dev: u64) -> bool {
+    ext_options(dev).is_none_or(|options| options.lines().all(|line| line != "nobarrier"))
+}
+
+/// What the ext4 driver goes by, with what `tune2fs -o` made the default: mountinfo hides that.
+/// The old ext2 driver has no such file.
+fn ext_options(dev: u64) -> Option<String> {
+    let name = device::kernel_name(dev).ok()?;
+    fs::read_to_string(Path::new("/proc/fs/ext4").join(name).join("options")).ok()
+}
+
 fn ext(subject: &Subject<'_>, mount: &Mount, direct_align: Option<u32>) -> Result<(), NotEligible> {
-    let options = device::kernel_name(subject.dev)
-        .and_then(|name| fs::read_to_string(Path::new("/proc/fs/ext4").join(name).join("options")));
-    match options {
-        // mountinfo does not show what `tune2fs -o journal_data` made the default; this does.
-        Ok(options) if options.lines().any(|line| line == "data=journal") => {
+    match ext_options(subject.dev) {
+        Some(options) if options.lines().any(|line| line == "data=journal") => {
             Err(NotEligible::DataJournal)
         }
-        // The old ext2 driver has no journal and no such file.
-        Err(_) if direct_align.is_none() && mount.kind != "ext2" => {
+        // The old ext2 driver has no journal.
+        None if direct_align.is_none() && mount.kind != "ext2" => {
             Err(NotEligible::DataJournalUnknown)
         }
         _ => Ok(()),

@@ -13,19 +13,19 @@ use super::format::Format;
 #[non_exhaustive]
 pub enum OpenError {
     /// Nothing at the path.
-    #[error("{}: no such file; correct --blk-file, or make one: truncate -s 10G {}", path.display(), path.display())]
+    #[error("{}: no such file; correct the path, or make one: truncate -s 10G {}", path.display(), path.display())]
     Missing {
         /// What was asked for.
         path: PathBuf,
     },
     /// A directory.
-    #[error("{}: is a directory; --blk-file wants the image file inside it", path.display())]
+    #[error("{}: is a directory; name the image file inside it", path.display())]
     Directory {
         /// What was asked for.
         path: PathBuf,
     },
     /// A FIFO, socket or character device.
-    #[error("{}: is a {kind}; --blk-file wants a regular file or a block device", path.display())]
+    #[error("{}: is a {kind}; an image is a regular file or a block device", path.display())]
     NotAFile {
         /// What was asked for.
         path: PathBuf,

@@ -37,7 +37,7 @@ use std::time::Duration;
 
 use rustix::fs::{
     AtFlags, StatxFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, fstat, futimens, major,
-    minor, statx,
+    minor, stat, statx,
 };
 
 pub use self::eligible::NotEligible;
@@ -153,6 +153,13 @@ impl Image {
         open::open(options, wait)
     }
 
+    /// Whether byte locks keep [`open`](Self::open) from this file; seen without opening it, which
+    /// would break the lease of whoever serves it.
+    #[must_use]
+    pub fn is_locked(path: &Path, read_only: bool) -> bool {
+        stat(path).is_ok_and(|stat| locks::seen_locked(stat.st_dev, stat.st_ino, read_only))
+    }
+
     /// The one description of the image: carries lease and locks (R1, R1a).
     #[must_use]
     pub fn image_fd(&self) -> BorrowedFd<'_> {
@@ -209,6 +216,13 @@ impl Image {
     #[must_use]
     pub fn proven(&self) -> bool {
         self.proven.load(Ordering::Relaxed)
+    }
+
+    /// Whether a sync of the file flushes the device's cache too (R14): not under `barrier=0`. Where
+    /// no device is open that is the filesystem's business.
+    #[must_use]
+    pub fn barriers(&self) -> bool {
+        self.device.is_none() || eligible::barriers(self.identity.dev)
     }
 
     /// For the guest's config space.

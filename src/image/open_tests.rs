@@ -31,11 +31,11 @@ fn error(options: &Options) -> String {
 device_test!(what_is_not_an_image_is_refused_with_the_fix, {
     let dir = scratch();
     let path = dir.path();
-    assert!(error(&options(&path.join("none"))).contains("no such file; correct --blk-file"));
+    assert!(error(&options(&path.join("none"))).contains("no such file; correct the path"));
     assert!(error(&options(path)).contains("is a directory"));
     let fifo = path.join("fifo");
     sh(&format!("mkfifo {}", fifo.display()));
-    assert!(error(&options(&fifo)).contains("is a FIFO; --blk-file wants"));
+    assert!(error(&options(&fifo)).contains("is a FIFO; an image is"));
     assert!(error(&options("/dev/null".as_ref())).contains("is a character device"));
     assert!(error(&options(&file(&dir, 0))).contains("is empty; give it a size"));
     assert!(error(&options(&file(&dir, 511))).contains("less than one 512-byte block"));

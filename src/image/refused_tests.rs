@@ -56,6 +56,27 @@ device_test!(ext2_ext3_ext4_and_xfs_are_eligible, {
     }
 });
 
+device_test!(a_filesystem_without_barriers_is_known, {
+    for (mkfs, options, barriers) in [
+        ("mkfs.ext4 -q -F", "rw", true),
+        ("mkfs.ext4 -q -F", "barrier=0", false),
+        ("mkfs.ext3 -q -F", "nobarrier", false),
+        ("mkfs.ext2 -q -F", "rw", true),
+        ("mkfs.xfs -q -f", "rw", true),
+    ] {
+        let disk = Disk::mounted(mkfs, 512, options);
+        let path = disk.file("image", 64);
+        assert_eq!(open(&path).barriers(), barriers, "{mkfs}, {options}");
+    }
+    // The default of the filesystem, which mountinfo does not show.
+    let hidden = Disk::new("sh -c 'mkfs.ext4 -q -F $0 && tune2fs -o nobarrier $0'", 512);
+    let image = open(&hidden.file("image", 64));
+    assert!(!image.barriers());
+    let never = Options { mode: ModeChoice::Filesystem, ..options(image.path()) };
+    drop(image);
+    assert!(try_open(&never).unwrap().barriers(), "no device is open that could be flushed");
+});
+
 device_test!(btrfs_overlay_and_tmpfs_are_served_through_the_filesystem, {
     let disk = Disk::new("mkfs.btrfs -q -f", 512);
     assert!(reason(&disk.file("image", 16)).starts_with("btrfs does not say"));

@@ -108,9 +108,13 @@ fn map_piece(image: &Image, start: u64) -> String {
 }
 
 /// The guest asked for no flush, but an orderly end leaves nothing volatile behind. With
-/// barriers on, which is what R14 asks of a host, this reaches the disk's cache too.
+/// barriers on, the image's reaches the disk's cache too.
 fn sync(image: &Image) -> io::Result<()> {
-    Ok(rustix::fs::fdatasync(image.image_fd())?)
+    rustix::fs::fdatasync(image.image_fd())?;
+    match image.device_fd() {
+        Some(device) if !image.barriers() => Ok(rustix::fs::fdatasync(device)?),
+        _ => Ok(()),
+    }
 }
 
 /// The thread that sets the mtime.

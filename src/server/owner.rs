@@ -50,6 +50,7 @@ impl Owner {
             max_extents,
             lease_break_time: image.lease_break_time(),
             proven: image.proven(),
+            barriers: image.barriers(),
             rules: Rules::default(),
         };
         Ok(Self {

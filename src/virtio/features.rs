@@ -34,7 +34,7 @@ const CONFIG_BYTES: usize = 60;
 pub struct Topology {
     /// Physical block size; a power of two.
     pub physical_block: u32,
-    /// How far the image's first byte is behind a physical block's first byte.
+    /// Where the first whole physical block begins, counted from the image's first byte.
     pub alignment_offset: u32,
     /// Smallest transfer without a penalty; 0 if unknown.
     pub min_io: u32,

@@ -151,6 +151,7 @@ fn new_keeper(shared: &Arc<Shared>) -> Keeper {
         max_extents: 1000,
         lease_break_time: Duration::from_secs(45),
         proven: false,
+        barriers: true,
         rules: Rules::default(),
     };
     Keeper::new(config, Arc::clone(shared), Duration::ZERO)

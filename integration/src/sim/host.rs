@@ -26,12 +26,26 @@ pub(super) struct Host {
     pub(super) spb: usize,
     /// How often in 1000 the canary takes a freed block at once.
     pub(super) greed: u64,
+    /// Whether the filesystem flushes the disk's cache when it commits for `fsync`.
+    pub(super) barriers: bool,
+    /// A commit that the disk has only in its cache.
+    unflushed: bool,
     next_writeback: u64,
 }
 
 impl Host {
     pub(super) fn new(disk: Disk, layout: Layout, spb: usize, greed: u64) -> Self {
-        Self { disk, layout, cache: Cache::default(), spb, greed, next_writeback: 1 }
+        let cache = Cache::default();
+        Self {
+            disk,
+            layout,
+            cache,
+            spb,
+            greed,
+            barriers: true,
+            unflushed: false,
+            next_writeback: 1,
+        }
     }
 
     /// The blocks that hold `sectors`.
@@ -173,7 +187,19 @@ impl Host {
     /// `fsync`.
     pub(super) fn fsync(&mut self) {
         self.sync_range(&self.everything());
-        self.commit();
+        if self.barriers {
+            self.commit();
+        } else {
+            self.unflushed = true;
+        }
+    }
+
+    /// The disk's own flush.
+    pub(super) fn flush_disk(&mut self) {
+        self.disk.flush();
+        if std::mem::take(&mut self.unflushed) {
+            self.layout.commit();
+        }
     }
 
     /// All sectors the model has room for.
@@ -370,6 +396,7 @@ impl Host {
         self.disk.cut(rng);
         self.cache = Cache::default();
         self.layout.roll_back();
+        self.unflushed = false;
     }
 }
 

@@ -270,7 +270,7 @@ impl World {
             Class::FileRead => self.file_read_step(&mut flight),
             Class::FileWrite => self.file_write_step(key, &mut flight),
             Class::SyncImage if flight.error == 0 => self.host.fsync(),
-            Class::SyncDevice if flight.error == 0 => self.host.disk.flush(),
+            Class::SyncDevice if flight.error == 0 => self.host.flush_disk(),
             Class::SyncImage | Class::SyncDevice => {}
         }
         flight.step += 1;

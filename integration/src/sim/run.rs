@@ -108,6 +108,7 @@ impl Sim {
             max_extents: scenario.max_extents,
             lease_break_time: Duration::from_micros(LEASE_BREAK),
             proven: !scenario.lies && self.world.rng.chance(700),
+            barriers: scenario.barriers,
             rules: Mutant::rules(scenario.mutant),
         };
         self.world.alive = true;

@@ -69,6 +69,8 @@ pub(super) struct Scenario {
     /// FIEMAP names other places than the true ones (R6).
     pub(super) lies: bool,
     pub(super) write_through: bool,
+    /// The host's filesystem flushes the disk (no `barrier=0`).
+    pub(super) barriers: bool,
     pub(super) mutant: Option<Mutant>,
 }
 
@@ -136,6 +138,7 @@ impl Scenario {
             focus: if narrow { 920 } else { 550 },
             lies: start == Start::Eligible && rng.chance(20),
             write_through: rng.chance(100),
+            barriers: !rng.chance(150),
             mutant,
         }
     }
