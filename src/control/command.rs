@@ -186,6 +186,7 @@ fn open(path: &Path) -> Result<Image, CommandError> {
         size_limit: None,
         format_raw: true,
         block_size: 512,
+        unmap: false,
     };
     Image::open_within(&options, LOCK_WAIT).map_err(|source| match source {
         OpenError::Locked { .. } => CommandError::Locked { source },

@@ -88,6 +88,8 @@ pub struct Options {
     pub format_raw: bool,
     /// `--block-size`, in bytes: 512 or 4096.
     pub block_size: u32,
+    /// `--discard unmap`.
+    pub unmap: bool,
 }
 
 /// For VIRTIO_BLK_F_TOPOLOGY; bytes, as the guest sees the device from its first byte on.

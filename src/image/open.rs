@@ -33,6 +33,10 @@ const PAGE: u32 = 4096;
 /// Bounce buffers: large enough for most requests in one piece, few enough to pin.
 const BOUNCE_BYTES: u32 = 64 << 10;
 const BOUNCE_SLOTS: u32 = 16;
+/// In a moment's work even on a slow disk, so that a lease break need not wait (R17).
+const ZEROES_BYTES: u64 = 4 << 20;
+/// Other requests on the range wait for the filesystem to give it back.
+const PUNCH_BYTES: u64 = 256 << 20;
 /// Operations in flight per worker.
 const OPS: u32 = 1024;
 /// Another alignment for reads (Linux 6.14); rustix has no name for it.
@@ -128,7 +132,7 @@ fn limits(options: &Options, size: u64) -> Result<Limits, OpenError> {
         tracing::warn!("{path}: its last {lost} bytes are less than a block and stay hidden");
     }
     let read_only = options.read_only;
-    Ok(Limits { base: offset, capacity, block_size: unit, read_only })
+    Ok(Limits { base: offset, capacity, block_size: unit, read_only, unmap: options.unmap })
 }
 
 fn alignment(
@@ -209,6 +213,8 @@ fn geometry(
         bounce_bytes: BOUNCE_BYTES.max(fs_block),
         bounce_slots: BOUNCE_SLOTS,
         ops: OPS,
+        zeroes_bytes: ZEROES_BYTES,
+        punch_bytes: PUNCH_BYTES,
         lease_fresh: own.is_none().then_some(lease_break_time / 4),
     })
 }

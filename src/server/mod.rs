@@ -203,6 +203,7 @@ fn image_options(config: &Config) -> Options {
         size_limit: config.size_limit,
         format_raw: config.format_raw,
         block_size: config.block_size,
+        unmap: config.unmap,
     }
 }
 

@@ -74,6 +74,41 @@ fn bad_requests_get_an_error_status() {
 }
 
 #[test]
+fn zeroes_and_discards_of_several_ranges() {
+    let (server, file) = Server::of_file(1, 1);
+    file.write_all_at(&[7; 1 << 20], 0).unwrap();
+    let mut guest = Guest::new(server.connect(), 1, 0);
+    guest.start();
+    let segments = |list: &[(u64, u32, u32)]| -> Vec<u8> {
+        let bytes = |&(sector, count, flags): &(u64, u32, u32)| {
+            [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
+        };
+        list.iter().flat_map(bytes).collect()
+    };
+    let mut ask = |request: u16, kind: u32, list: &[(u64, u32, u32)]| {
+        let data = segments(list);
+        guest.memory.write_slice(&data, Guest::data_at(request)).unwrap();
+        guest.request(0, request, kind, 0, u32::try_from(data.len()).unwrap());
+        guest.kick(0);
+        assert_eq!(guest.wait(0).1, 1);
+        guest.status(request)
+    };
+    assert_eq!(ask(0, ZEROES_KIND, &[(1, 9, 0), (64, 64, 1)]), 0);
+    assert_eq!(ask(1, DISCARD_KIND, &[(256, 32, 0), (512, 8, 0)]), 0);
+    assert_eq!(ask(2, ZEROES_KIND, &[(0, 8, 2)]), 2);
+    assert_eq!(ask(3, DISCARD_KIND, &[(0, 8, 1)]), 2);
+    assert_eq!(ask(4, DISCARD_KIND, &[(0, 8, 0), (CAPACITY / 512, 1, 0)]), 1);
+    assert_eq!(ask(5, ZEROES_KIND, &[]), 1);
+    let content = content(&file, 0, 1 << 20);
+    // Nothing is punched in this world: zeros are written, a discard changes nothing.
+    let zero = |sector: usize| matches!(sector, 1..10 | 64..128);
+    for (sector, bytes) in content.chunks(512).enumerate() {
+        let expected = if zero(sector) { 0 } else { 7 };
+        assert!(bytes.iter().all(|&byte| byte == expected), "sector {sector}");
+    }
+}
+
+#[test]
 fn a_malformed_chain_is_returned_unwritten_and_told_by_the_err_fd() {
     let (server, _file) = Server::of_file(1, 1);
     let mut guest = Guest::new(server.connect(), 1, 0);

@@ -61,6 +61,8 @@ fn geometry() -> Geometry {
         bounce_bytes: 64 << 10,
         bounce_slots: 8,
         ops: 128,
+        zeroes_bytes: 4 << 20,
+        punch_bytes: 256 << 20,
         lease_fresh: None,
     }
 }
@@ -74,12 +76,19 @@ impl Server {
         let config = Arc::new(DeviceConfig {
             files: Arc::new(OneFile(image)),
             geometry: geometry(),
-            limits: Limits { base: 0, capacity: CAPACITY, block_size: 512, read_only: false },
+            limits: Limits {
+                base: 0,
+                capacity: CAPACITY,
+                block_size: 512,
+                read_only: false,
+                unmap: true,
+            },
             topology: Topology {
                 physical_block: 4096,
                 alignment_offset: 0,
                 min_io: 4096,
                 opt_io: 0,
+                discard_block: 4096,
             },
             lease: false,
             rules: Rules::default(),
@@ -207,7 +216,9 @@ fn act(session: &Session, keeper: &mut Keeper) {
     while let Some(action) = keeper.poll_action() {
         match action {
             Action::Send(worker, message) => session.send(worker, message),
-            Action::Run(id, _) => keeper.job_done(Duration::ZERO, id, JobDone::Punch(Ok(()))),
+            Action::Run(id, _) => {
+                keeper.job_done(Duration::ZERO, id, JobDone::Punch(Err(libc::EOPNOTSUPP)))
+            }
             Action::DropLease | Action::Touch | Action::Report(_) => {}
         }
     }

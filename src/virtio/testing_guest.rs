@@ -35,6 +35,8 @@ pub(crate) const WRITE: u16 = 2;
 
 pub(crate) const READ_KIND: u32 = 0;
 pub(crate) const WRITE_KIND: u32 = 1;
+pub(crate) const DISCARD_KIND: u32 = 11;
+pub(crate) const ZEROES_KIND: u32 = 13;
 pub(crate) const FLUSH_KIND: u32 = 4;
 pub(crate) const GET_ID_KIND: u32 = 8;
 
@@ -162,7 +164,11 @@ impl Guest {
         let status = GuestAddress(STATUS + u64::from(request));
         self.memory.write_obj(UNTOUCHED, status).unwrap();
         let head = request * 3;
-        let data = if kind == WRITE_KIND { NEXT } else { NEXT | WRITE };
+        let data = if matches!(kind, WRITE_KIND | DISCARD_KIND | ZEROES_KIND) {
+            NEXT
+        } else {
+            NEXT | WRITE
+        };
         self.describe(queue, head, Descriptor::new(header.0, 16, NEXT, head + 1));
         let at = Self::data_at(request).0;
         self.describe(queue, head + 1, Descriptor::new(at, len, data, head + 2));
