@@ -2,6 +2,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use vhost::VhostBackend;
@@ -12,6 +13,8 @@ use vm_memory::Bytes;
 
 use super::super::testing::*;
 use super::super::testing_guest::*;
+use super::Session;
+use crate::engine::message::WorkerId;
 
 const EVENT_IDX: u64 = 1 << 29;
 const FLUSH: u64 = 1 << 9;
@@ -286,6 +289,20 @@ fn the_driver_sets_the_cache_mode_and_nothing_else() {
     guest.request(0, 0, WRITE_KIND, 0, 4096);
     guest.kick(0);
     assert_eq!(guest.wait(0), (0, 1));
+}
+
+/// A bell is rung in two steps. One that a worker saw between them rings for mail that has been
+/// read, and must not keep the thread awake.
+#[test]
+fn a_bell_that_rings_late_is_silenced() {
+    let (config, _inbox) = device(tempfile::tempfile().unwrap().into(), 1, 1);
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    let session = Session::start(theirs, config, WorkerId(0)).unwrap();
+    let bell = session.backend.threads()[0].slot.bell();
+    std::thread::sleep(Duration::from_millis(50));
+    bell.write(1).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    bell.read().unwrap_err();
 }
 
 #[test]
