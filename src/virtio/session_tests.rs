@@ -3,8 +3,10 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vhost::VhostBackend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -369,6 +371,34 @@ fn fifty_sessions_leave_nothing_behind() {
     }
     let (before, after) = test();
     assert!(after <= before + 2, "{before} fds before, {after} after");
+}
+
+/// Descriptors run out at every place of the start, one after the other.
+#[test]
+fn a_session_that_cannot_start_leaves_nothing_behind() {
+    if std::env::var_os("NEXTEST").is_none() {
+        return run_alone("a_session_that_cannot_start_leaves_nothing_behind");
+    }
+    let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+    let (config, _inbox) = device(tempfile::tempfile().unwrap().into(), 8, 4);
+    let before = (fds(), threads());
+    let usual = getrlimit(Resource::Nofile);
+    let failures = (1..500u64)
+        .take_while(|spare| {
+            let (_ours, theirs) = UnixStream::pair().unwrap();
+            let current = Some(before.0 as u64 + spare);
+            setrlimit(Resource::Nofile, Rlimit { current, ..usual }).unwrap();
+            let result = Session::start(theirs, Arc::clone(&config), WorkerId(0));
+            setrlimit(Resource::Nofile, usual).unwrap();
+            result.is_err()
+        })
+        .count();
+    assert!((20..400).contains(&failures), "{failures}");
+    let end = Instant::now() + PATIENCE;
+    while (fds(), threads()) != before && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!((fds(), threads()), before, "descriptors and threads");
 }
 
 fn run_alone(test: &str) {
