@@ -306,6 +306,16 @@ impl Image {
         Watch::new(Arc::clone(self))
     }
 
+    /// Whether a writable image would get its lease (R1): for one opened read-only, whose own lease
+    /// lets other readers be.
+    ///
+    /// # Errors
+    /// As [`lease::take`]: EAGAIN if somebody else has the file open.
+    pub fn try_write_lease(&self) -> io::Result<()> {
+        lease::take(self.file.as_fd(), lease::Kind::Write, lease_signal())?;
+        lease::release(self.file.as_fd())
+    }
+
     /// Takes the lease this image wants: readers share (R1).
     fn take_lease(&self) -> io::Result<()> {
         let kind = if self.limits.read_only { lease::Kind::Read } else { lease::Kind::Write };

@@ -116,6 +116,9 @@ impl Server<'_> {
                     }
                 }
                 Event::Quiesced(id) => {
+                    // At once, not when the last one has drained: what the last one waits for may
+                    // itself wait for every worker's answer (a flush point, a park order).
+                    self.owner.keeper.worker_left(now, id);
                     if let Some(front) = &mut self.front {
                         front.quiesced(id);
                     }

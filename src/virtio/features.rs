@@ -91,16 +91,10 @@ pub fn write_through(acked: u64, writeback: bool) -> bool {
     !has(acked, VIRTIO_BLK_F_FLUSH) || !writeback
 }
 
-/// Whether the driver may change `writeback`.
-#[must_use]
-pub fn may_set_writeback(acked: u64) -> bool {
-    has(acked, VIRTIO_BLK_F_CONFIG_WCE)
-}
-
 /// The `writeback` byte as the driver reads it: 0 if it negotiated CONFIG_WCE without FLUSH.
 #[must_use]
 pub fn writeback_byte(acked: u64, writeback: bool) -> u8 {
-    let no_flush = may_set_writeback(acked) && !has(acked, VIRTIO_BLK_F_FLUSH);
+    let no_flush = has(acked, VIRTIO_BLK_F_CONFIG_WCE) && !has(acked, VIRTIO_BLK_F_FLUSH);
     u8::from(writeback && !no_flush)
 }
 

@@ -67,39 +67,46 @@ fn geometry() -> Geometry {
     }
 }
 
+/// A device of an image in filesystem mode, and where its sessions post.
+pub(crate) fn device(image: OwnedFd, num_queues: u16, threads: u16) -> (Arc<DeviceConfig>, Inbox) {
+    let (inbox, poster) = inbox().unwrap();
+    let topology = Topology {
+        physical_block: 4096,
+        alignment_offset: 0,
+        min_io: 4096,
+        opt_io: 0,
+        discard_block: 4096,
+    };
+    let config = DeviceConfig {
+        files: Arc::new(OneFile(image)),
+        geometry: geometry(),
+        limits: Limits {
+            base: 0,
+            capacity: CAPACITY,
+            block_size: 512,
+            read_only: false,
+            unmap: true,
+        },
+        topology,
+        lease: false,
+        rules: Rules::default(),
+        shared: Arc::new(Shared::new()),
+        num_queues,
+        queue_size: 1024,
+        threads,
+        serial: "serial".to_owned(),
+        write_back: true,
+        inbox: poster,
+    };
+    (Arc::new(config), inbox)
+}
+
 impl Server {
     pub(crate) fn new(image: OwnedFd, num_queues: u16, threads: u16) -> Self {
         let (sender, seen) = mpsc::channel();
         let (streams, accepted) = mpsc::channel();
-        let (inbox, poster) = inbox().unwrap();
-        let shared = Arc::new(Shared::new());
-        let config = Arc::new(DeviceConfig {
-            files: Arc::new(OneFile(image)),
-            geometry: geometry(),
-            limits: Limits {
-                base: 0,
-                capacity: CAPACITY,
-                block_size: 512,
-                read_only: false,
-                unmap: true,
-            },
-            topology: Topology {
-                physical_block: 4096,
-                alignment_offset: 0,
-                min_io: 4096,
-                opt_io: 0,
-                discard_block: 4096,
-            },
-            lease: false,
-            rules: Rules::default(),
-            shared: Arc::clone(&shared),
-            num_queues,
-            queue_size: 1024,
-            threads,
-            serial: "serial".to_owned(),
-            write_back: true,
-            inbox: poster,
-        });
+        let (config, inbox) = device(image, num_queues, threads);
+        let shared = Arc::clone(&config.shared);
         let serve = move || {
             let mut keeper = new_keeper(&shared);
             let mut next = WorkerId(0);

@@ -195,6 +195,10 @@ impl<D: Disk> Worker<D> {
             if let Some(disk) = &self.disk {
                 disk.hear();
             }
+        } else if token == self.tokens.mailbox() {
+            // Whether it looks rung or not: a post rings in two steps, and one that we saw between
+            // them, awake, rings for mail that we have read.
+            self.read_mail();
         } else if let Some(queue) = self.tokens.queue(token) {
             self.hear_kick(queue);
         }
