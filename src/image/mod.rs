@@ -20,6 +20,8 @@ mod watch;
 #[cfg(test)]
 mod fixture;
 #[cfg(test)]
+mod frozen_tests;
+#[cfg(test)]
 mod jobs_tests;
 #[cfg(test)]
 mod lease_tests;
