@@ -47,8 +47,7 @@ impl Image {
     /// cache again before it begins.
     pub fn drop_lease(&self) {
         let fd = self.file.as_fd();
-        let pages = page_cache::pages(fd, FileRange::ALL);
-        if pages.is_ok_and(|pages| pages.cached > 0 && pages.unwritten == Some(0)) {
+        if page_cache::has_clean_only(fd) {
             // What stays is seen when direct mode begins again.
             let _ = page_cache::drop_clean(fd, FileRange::ALL);
         }

@@ -63,6 +63,13 @@ pub fn pages(fd: BorrowedFd<'_>, range: FileRange) -> io::Result<Pages> {
     }
 }
 
+/// Whether the page cache holds pages of the file and none of them waits to be written. Only where
+/// cachestat(2) tells: mincore(2) could not, and takes 12 ms for each GiB of the file.
+pub fn has_clean_only(fd: BorrowedFd<'_>) -> bool {
+    let pages = cachestat(fd, FileRange::ALL);
+    pages.is_ok_and(|pages| pages.cached > 0 && pages.unwritten == Some(0))
+}
+
 fn cachestat(fd: BorrowedFd<'_>, range: FileRange) -> io::Result<Pages> {
     if range.is_empty() {
         // A length of 0 would mean: to the end of the file.
