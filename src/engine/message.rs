@@ -143,6 +143,9 @@ pub enum Refusal {
     Changed,
     /// Raw and file reads differ (R6): never again in this process.
     Mismatch,
+    /// `fsync` said this errno: something written to the file is lost, and no later sync of the
+    /// file will say so again (R16).
+    Unsynced(i32),
     /// An errno.
     Failed(i32),
 }

@@ -94,13 +94,12 @@ impl Image {
         if self.cached(range)? == 0 {
             return Ok(());
         }
-        page_cache::write_back(fd, range)?;
+        self.write_back()?;
         page_cache::drop_clean(fd, range)?;
         if self.cached(range)? == 0 {
             return Ok(());
         }
         // A large folio that reaches out of the range is dropped only as a whole.
-        page_cache::write_back(fd, FileRange::new(0, self.geometry.file_size))?;
         page_cache::drop_clean(fd, FileRange::ALL)
     }
 
@@ -137,7 +136,7 @@ impl Image {
     /// Everything on disk, nothing in the page cache (R3).
     fn settle(&self) -> Result<(), Refusal> {
         let failed = |error: io::Error| Refusal::Failed(errno(&error));
-        fsync(&self.file).map_err(|error| failed(error.into()))?;
+        fsync(&self.file).map_err(|error| Refusal::Unsynced(error.raw_os_error()))?;
         for _ in 0..DROPS {
             page_cache::drop_clean(self.file.as_fd(), FileRange::ALL).map_err(failed)?;
             if self.cached(FileRange::ALL).map_err(failed)? == 0 {

@@ -129,22 +129,6 @@ fn mincore_window(fd: BorrowedFd<'_>, at: u64, len: usize) -> io::Result<u64> {
     outcome.map(|()| resident.iter().filter(|&&byte| byte & 1 != 0).count() as u64)
 }
 
-/// Writes the dirty pages of `range` back and waits for them; not the file's metadata, and no
-/// device flush.
-///
-/// # Errors
-/// sync_file_range's.
-pub fn write_back(fd: BorrowedFd<'_>, range: FileRange) -> io::Result<()> {
-    let start = i64::try_from(range.start).map_err(io::Error::other)?;
-    let len = i64::try_from(range.len()).map_err(io::Error::other)?;
-    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
-        | libc::SYNC_FILE_RANGE_WRITE
-        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
-    // SAFETY: `fd` is open for the duration of the borrow; the call takes numbers only.
-    let result = unsafe { libc::sync_file_range(fd.as_raw_fd(), start, len, flags) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 /// Drops the clean pages wholly inside `range`. Begins to write dirty ones back, which may block;
 /// with none dirty it does not.
 ///

@@ -100,7 +100,16 @@ impl Keeper {
         self.ownership = Ownership::Entering { job, cancelled: false };
     }
 
+    /// An `fsync` that failed is told once, and it was not a flush that heard it (R16).
+    fn hear_loss(&mut self, result: Result<(), Refusal>) {
+        if let Err(Refusal::Unsynced(errno)) = result {
+            self.commit.lost(errno);
+            self.report(Report::FlushFailed(errno));
+        }
+    }
+
     pub(super) fn entered(&mut self, now: Duration, id: JobId, result: Result<(), Refusal>) {
+        self.hear_loss(result);
         match self.ownership {
             Ownership::Entering { job, cancelled } if job == id => match result {
                 Ok(()) if cancelled => {
@@ -132,6 +141,7 @@ impl Keeper {
     }
 
     pub(super) fn confirmed(&mut self, now: Duration, id: JobId, result: Result<(), Refusal>) {
+        self.hear_loss(result);
         let Ownership::Confirming { job, park, .. } = self.ownership else { return };
         if job != id {
             return;
@@ -162,7 +172,7 @@ impl Keeper {
             Refusal::PagesCached => Why::PagesCached,
             Refusal::Changed => Why::Changed,
             Refusal::Mismatch => Why::Mismatch,
-            Refusal::Failed(_) => Why::Failed,
+            Refusal::Unsynced(_) | Refusal::Failed(_) => Why::Failed,
         };
         // A refusal that repeats is news only once.
         if self.why != why {
@@ -172,7 +182,9 @@ impl Keeper {
         self.refusals = self.refusals.saturating_add(1);
         match refusal {
             Refusal::Changed | Refusal::Mismatch => self.ownership = Ownership::Final,
-            Refusal::Busy | Refusal::PagesCached | Refusal::Failed(_) => self.retry(now),
+            Refusal::Busy | Refusal::PagesCached | Refusal::Unsynced(_) | Refusal::Failed(_) => {
+                self.retry(now)
+            }
         }
     }
 
