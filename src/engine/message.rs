@@ -232,6 +232,8 @@ pub enum Why {
     LeaseLost,
     /// The file's size changed behind us (R5a).
     SizeChanged,
+    /// The file lost blocks behind us (R5a).
+    BlocksLost,
     /// R6's comparison failed.
     Mismatch,
     /// The image or its surroundings are no longer fit for direct mode; the log says what changed.

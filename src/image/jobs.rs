@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
@@ -36,7 +37,9 @@ impl Image {
             Job::Confirm => JobDone::Confirm(self.settle()),
             Job::Punch { range } => {
                 let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                self.punches.fetch_add(1, Ordering::SeqCst);
                 let done = fallocate(&self.file, flags, range.start, range.len());
+                self.punches.fetch_add(1, Ordering::SeqCst);
                 JobDone::Punch(done.map_err(rustix::io::Errno::raw_os_error))
             }
         }

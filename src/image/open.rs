@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, StatxFlags, fstatvfs, major, minor};
@@ -84,6 +84,7 @@ pub(super) fn open(options: &Options, wait: Duration) -> Result<Image, OpenError
         not_eligible: None,
         lease_break_time,
         proven: AtomicBool::new(false),
+        punches: AtomicU64::new(0),
         fiemap: Mutex::new(Fiemap::new()),
     };
     image.choose(options.mode)?;

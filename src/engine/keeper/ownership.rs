@@ -77,6 +77,12 @@ impl Keeper {
         self.leave(now, Why::SizeChanged);
     }
 
+    /// The file has lost blocks and it was not us, as by two changes of its size in a row (R5a):
+    /// the map is made anew.
+    pub fn blocks_lost(&mut self, now: Duration) {
+        self.leave(now, Why::BlocksLost);
+    }
+
     /// Stops direct mode for good and gives the lease back, for the end of the process. Done when
     /// [`Action::DropLease`] has come out; it comes in any case.
     pub fn shut_down(&mut self, now: Duration) {
