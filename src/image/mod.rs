@@ -29,6 +29,8 @@ mod lease_tests;
 mod open_tests;
 #[cfg(test)]
 mod refused_tests;
+#[cfg(test)]
+mod residue_tests;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
