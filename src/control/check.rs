@@ -116,6 +116,7 @@ pub const fn refusal(refusal: Refusal) -> &'static str {
         Refusal::Mismatch => {
             "raw reads differ from reads through the file; check the device below the filesystem"
         }
+        Refusal::Unsynced(_) => "the disk failed to take what was written; see the kernel log",
         Refusal::Failed(_) => "the lease or the page cache could not be had; see the log",
     }
 }

@@ -16,6 +16,11 @@ pub(super) const EOPNOTSUPP: i32 = 95;
 /// How often an operation is tried again that the kernel says to try again.
 const RETRIES: u8 = 64;
 
+/// Most bytes of raw I/O that a worker has in flight. A lease break waits for them, and the guest
+/// chooses how large requests are: a slow disk has to be done with them long before the break is
+/// forced (R2, R21).
+pub(super) const RAW_BYTES: u64 = 64 << 20;
+
 /// An operation in flight and what it belongs to.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Running {
@@ -94,6 +99,10 @@ impl PieceOp {
             Route::Device(at) => Target::Device(at),
             Route::File | Route::Zero => Target::Image(self.piece.unit.start),
         }
+    }
+
+    fn raw_bytes(&self) -> u64 {
+        self.device().map_or(0, |_| self.piece.unit.len())
     }
 
     const fn device(&self) -> Option<DeviceOffset> {
@@ -180,6 +189,9 @@ impl Worker {
     /// Starts an operation; the caller has seen that there is room and a bounce buffer.
     pub(super) fn launch(&mut self, io: &mut impl Io, mut running: Running) {
         let Some(id) = self.ops.free.pop() else { return };
+        if let Running::Piece(op) = &running {
+            self.raw_bytes += op.raw_bytes();
+        }
         if let Running::Piece(op) = &mut running
             && op.piece.bounce
         {
@@ -289,6 +301,7 @@ impl Worker {
     fn give_back(&mut self, id: OpId, op: &PieceOp) {
         self.ops.free.push(id);
         self.bounce.extend(op.bounce);
+        self.raw_bytes -= op.raw_bytes();
     }
 }
 

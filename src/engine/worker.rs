@@ -40,6 +40,8 @@ pub struct Worker {
     in_flight: u32,
     pub(super) ops: OpTable,
     pub(super) bounce: Vec<BounceSlot>,
+    /// Of raw I/O in flight.
+    pub(super) raw_bytes: u64,
     parks: Vec<ParkOrder>,
     parked: VecDeque<Tag>,
     stalled: VecDeque<Tag>,
@@ -82,6 +84,7 @@ impl Worker {
             in_flight: 0,
             ops: OpTable::new(geometry.ops),
             bounce: (0..geometry.bounce_slots).rev().map(BounceSlot).collect(),
+            raw_bytes: 0,
             parks: Vec::new(),
             parked: VecDeque::new(),
             stalled: VecDeque::new(),
@@ -304,8 +307,11 @@ impl Worker {
     /// Starts the next piece; `false` if the request has to wait.
     fn start_piece(&mut self, io: &mut impl Io, tag: Tag, access: Access, rest: FileRange) -> bool {
         let piece = plan::next_piece(&self.view, &self.geometry, access, rest, &mut self.hint);
-        let stalled = !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
         let raw = matches!(piece.route, Route::Device(_));
+        let crowded = raw
+            && self.raw_bytes > 0
+            && self.raw_bytes.saturating_add(piece.unit.len()) > ops::RAW_BYTES;
+        let stalled = crowded || !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
         // Zeros too: nobody may have filled the hole since the map was read (R2a).
         let mapped = piece.route != Route::File;
         let parked = !stalled && mapped && !self.lease_ours(io);

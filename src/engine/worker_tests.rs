@@ -282,3 +282,72 @@ fn a_range_that_fails_ends_the_request_and_the_later_ones_are_left_alone() {
     assert_eq!(rig.done[&Tag(31)], Status::IoError);
     assert_eq!(rig.read(range(2, 1)), vec![7; BLOCK as usize]);
 }
+
+/// Takes operations and ends none by itself.
+#[derive(Default)]
+struct Sink(std::collections::VecDeque<(crate::engine::OpId, Op)>, bool);
+
+impl Io for Sink {
+    fn submit(&mut self, id: crate::engine::OpId, op: Op) -> std::task::Poll<i32> {
+        if op == Op::ConfirmLease {
+            return std::task::Poll::Ready(1);
+        }
+        self.0.push_back((id, op));
+        std::task::Poll::Pending
+    }
+
+    fn reap(&mut self) -> Option<crate::engine::Completion> {
+        if !std::mem::take(&mut self.1) {
+            return None;
+        }
+        let (id, op) = self.0.pop_front()?;
+        let Op::Write(_, buf) = op else { panic!("{op:?}") };
+        Some(crate::engine::Completion { id, result: buf.len() as i32 })
+    }
+
+    fn now(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+#[test]
+fn a_guest_cannot_make_a_break_wait_for_more_than_a_few_seconds_of_raw_io() {
+    const EACH: u64 = 10 << 20;
+    let range = FileRange::new(0, 100 * EACH);
+    let geometry = Geometry {
+        file_size: range.end,
+        fs_block: 4096,
+        file_align: 512,
+        dev_block: 512,
+        mem_align: 512,
+        bounce_bytes: 8192,
+        bounce_slots: 2,
+        ops: 128,
+        zeroes_bytes: 4 << 20,
+        punch_bytes: 256 << 20,
+        lease_fresh: Some(Duration::from_secs(10)),
+    };
+    let shared = Arc::new(Shared::new());
+    let mut map = crate::engine::extent::ExtentMap::new();
+    let device = DeviceOffset(1 << 20);
+    map.replace(range, &[crate::engine::extent::Extent { range, device, state: State::Mapped }]);
+    shared.publish(View { mode: crate::engine::shared::Mode::Direct, map });
+    let mut worker = Worker::new(geometry, Rules::default(), shared, Arc::default(), 100);
+    let mut sink = Sink::default();
+    worker.message(&mut sink, ToWorker::Begin);
+    for tag in 0..100 {
+        let range = FileRange::new(u64::from(tag) * EACH, u64::from(tag + 1) * EACH);
+        worker.accept(&mut sink, Tag(tag), Request { kind: Kind::Write(range), mem_aligned: true });
+    }
+    let mut done = 0;
+    while !sink.0.is_empty() {
+        assert!(sink.0.len() as u64 * EACH <= 64 << 20, "{} in flight", sink.0.len());
+        sink.1 = true;
+        worker.reap(&mut sink);
+        while let Some((_, status)) = worker.poll_done() {
+            assert_eq!(status, Status::Ok);
+            done += 1;
+        }
+    }
+    assert_eq!(done, 100);
+}

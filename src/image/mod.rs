@@ -20,6 +20,8 @@ mod watch;
 #[cfg(test)]
 mod fixture;
 #[cfg(test)]
+mod frozen_tests;
+#[cfg(test)]
 mod jobs_tests;
 #[cfg(test)]
 mod lease_tests;
@@ -27,11 +29,13 @@ mod lease_tests;
 mod open_tests;
 #[cfg(test)]
 mod refused_tests;
+#[cfg(test)]
+mod residue_tests;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -133,6 +137,8 @@ pub struct Image {
     not_eligible: Option<NotEligible>,
     lease_break_time: Duration,
     proven: AtomicBool,
+    /// Grows by one when a punch begins and when it ends.
+    punches: AtomicU64,
     fiemap: Mutex<Fiemap>,
 }
 
@@ -277,6 +283,16 @@ impl Image {
             return Ok(crate::sys::blockdev::facts(self.file.as_fd())?.size);
         }
         u64::try_from(fstat(&self.file)?.st_size).map_err(io::Error::other)
+    }
+
+    /// What the filesystem has allocated to the file, in units of 512 bytes.
+    fn blocks_now(&self) -> io::Result<u64> {
+        u64::try_from(fstat(&self.file)?.st_blocks).map_err(io::Error::other)
+    }
+
+    /// Odd while a punch is under way.
+    fn punches(&self) -> u64 {
+        self.punches.load(Ordering::SeqCst)
     }
 
     /// Whether the file has no name any more (R24).

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, StatxFlags, fstatvfs, major, minor};
@@ -88,6 +88,7 @@ pub(super) fn open(options: &Options, wait: Duration) -> Result<Image, OpenError
         not_eligible: None,
         lease_break_time,
         proven: AtomicBool::new(false),
+        punches: AtomicU64::new(0),
         fiemap: Mutex::new(Fiemap::new()),
     };
     image.choose(options.mode)?;
@@ -145,7 +146,7 @@ fn alignment(
     let least = u32::try_from(SECTOR).unwrap_or(512);
     if let Some(facts) = own {
         let offset = facts.logical_block.max(least);
-        return Ok(Alignment { offset, memory: least });
+        return Ok(Alignment { offset, memory: offset });
     }
     let wanted = StatxFlags::DIOALIGN | StatxFlags::from_bits_retain(STATX_DIO_READ_ALIGN);
     let statx =
@@ -159,7 +160,8 @@ fn alignment(
         };
         // 0: O_DIRECT is silently buffered here, and buffered I/O takes anything.
         let offset = offset.max(least).next_power_of_two();
-        let memory = statx.stx_dio_mem_align.max(least).next_power_of_two();
+        // Lengths of pieces of memory are asked to be whole blocks too (statx(2); not since 6.18).
+        let memory = statx.stx_dio_mem_align.max(offset).next_power_of_two();
         return Ok(Alignment { offset, memory });
     }
     // A filesystem that does not tell is tried: one sector where only whole pages may be read.
@@ -297,6 +299,7 @@ impl Image {
     fn adopt(&mut self, device: Device) {
         let geometry = &mut self.geometry;
         geometry.dev_block = device.facts.logical_block;
+        geometry.mem_align = geometry.mem_align.max(geometry.dev_block);
         geometry.fs_block = geometry.fs_block.max(geometry.dev_block);
         geometry.bounce_bytes = geometry.bounce_bytes.max(geometry.fs_block);
         let align = Alignment { offset: geometry.file_align, memory: geometry.mem_align };

@@ -146,6 +146,7 @@ impl Server<'_> {
     fn inode_changed(&mut self, now: Duration) {
         match self.watch.check(&self.poll, self.owner.direct(), now) {
             Change::SizeChanged => self.owner.keeper.size_changed(now),
+            Change::BlocksLost => self.owner.keeper.blocks_lost(now),
             Change::Unlinked if !self.unlinked => {
                 self.unlinked = true;
                 let image = self.image.path().display();

@@ -74,6 +74,10 @@ pub(super) fn ring(
     let submitter = uring.submitter();
     submitter.register_files(&files)?;
     submitter.register_eventfd(event.as_raw_fd())?;
+    // What would block goes to threads of the kernel's, by default four for each CPU. In a frozen
+    // filesystem file writes would keep all of them, and raw I/O that needs one too would never end:
+    // nor would a lease break, which waits for it (R2). A kernel before 5.15 cannot be told.
+    let _ = submitter.register_iowq_max_workers(&mut [ops, 0]);
     submitter.register_restrictions(&mut restrictions())?;
     submitter.register_enable_rings()?;
     Ok((uring, task_run))
