@@ -58,6 +58,7 @@ fn good_values_are_taken() {
         "--format=raw",
         "--mode=direct",
         "--cache=writethrough",
+        "--discard=ignore",
         "--num-queues=64",
         "--queue-size=32768",
         "--threads=64",
@@ -75,7 +76,7 @@ fn good_values_are_taken() {
     assert_eq!(socket.mode, 0o660);
     assert_eq!(socket.owner, Some(Uid::from_raw(0)));
     assert_eq!(socket.group, Some(Gid::from_raw(12345)));
-    assert!(config.read_only && config.format_raw && !config.write_back);
+    assert!(config.read_only && config.format_raw && !config.write_back && !config.unmap);
     assert_eq!((config.num_queues, config.queue_size, config.threads), (64, 32768, 64));
     assert_eq!((config.offset, config.size_limit), (1 << 20, Some(2 << 30)));
     assert_eq!(config.control, Some(SocketOptions::private("/c".into())));
@@ -154,7 +155,6 @@ fn options_of_later_work_are_absent() {
         "--iops",
         "--metrics",
         "--sandbox",
-        "--discard",
         "--populate",
     ] {
         assert!(resolve(&[option, "x"]).unwrap_err().contains("unexpected argument"), "{option}");

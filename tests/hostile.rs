@@ -112,9 +112,23 @@ fn requests_that_make_no_sense_end_in_their_status() {
         ("a write of part of a sector", |r| r.prepare(0, kind::OUT, 0, 511, false).unwrap(), IOERR),
         ("a request of no known type", |r| r.prepare(0, 4711, 0, 512, true).unwrap(), UNSUPPORTED),
         (
-            "a discard that was not offered",
-            |r| r.prepare(0, 11, 0, 16, false).unwrap(),
+            "a secure erase, which was not offered",
+            |r| r.prepare(0, 14, 0, 16, false).unwrap(),
             UNSUPPORTED,
+        ),
+        ("a discard of part of a range", |r| r.prepare(0, 11, 0, 17, false).unwrap(), IOERR),
+        (
+            "a discard of more ranges than were offered",
+            |r| r.prepare(0, 11, 0, 65 * 16, false).unwrap(),
+            IOERR,
+        ),
+        (
+            "zeroes over ranges that are not there",
+            |r| {
+                let bad = Descriptor { addr: 1 << 40, len: 16, flags: NEXT, next: 0 };
+                chain(r, &[head(r, 13, 0, 16), bad, status(r)]);
+            },
+            IOERR,
         ),
         (
             "a read into memory that is not there",

@@ -31,7 +31,12 @@ fn exercise(dir: &Path, image: &Path, model: &mut Model, options: &[&str]) -> (T
     for offset in (0..model.size()).step_by(256 << 10) {
         let len = (model.size() - offset).min(256 << 10);
         let bytes = client.read_at(offset, usize::try_from(len).unwrap()).unwrap();
-        model.check(offset, &bytes).unwrap();
+        if let Err(error) = model.check(offset, &bytes) {
+            // Is it the map, the disk, or the write that is wrong? The file itself tells.
+            let file = std::fs::read(image).unwrap();
+            let file = model.check(0, &file).err();
+            panic!("{error}; the file: {file:?}; {:?}; log: {}", daemon.status(), daemon.log());
+        }
     }
     let status = daemon.status().unwrap();
     drop(client);

@@ -16,7 +16,7 @@ device_test!(a_file_cut_and_grown_again_is_noticed, {
     let disk = Disk::ext4();
     let base = disk.path();
     sh(&format!("mkdir -p {0}/upper {0}/lower {0}/work", base.display()));
-    let path = disk.file("upper/image", 16);
+    let path = disk.file("upper/image", 1024);
     let image = open(&path);
     let watch = image.watch().unwrap();
     assert_eq!(image.run(&Job::Enter), ENTERED);
@@ -33,10 +33,10 @@ device_test!(a_file_cut_and_grown_again_is_noticed, {
         merged.display()
     ));
     truncate(&merged.join("image"), 4096);
-    truncate(&merged.join("image"), 16 * BLOCK);
+    truncate(&merged.join("image"), 1024 * BLOCK);
     let seen = watch.check().unwrap();
     sh(&format!("umount {}", merged.display()));
-    assert_eq!(map_some(&image, blocks(8, 16), 512).extents, [], "the blocks are gone");
+    assert_eq!(map_some(&image, blocks(8, 1024), 512).extents, [], "the blocks are gone");
     assert_eq!(seen, Change::BlocksLost);
 });
 

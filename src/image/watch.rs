@@ -17,6 +17,10 @@ use super::{Identity, Image};
 /// Most events taken in one look.
 const EVENTS: u32 = 1024;
 
+/// Blocks lost from one look to the next that mean nothing, in units of 512 bytes: a file's blocks include those of
+/// its extent tree, which shrinks when extents grow together.
+const TREE: u64 = (1 << 20) / 512;
+
 /// What a look at the file showed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Change {
@@ -24,7 +28,7 @@ pub enum Change {
     Unchanged,
     /// Its size is not what it was when it was opened: raw I/O must stop at once.
     SizeChanged,
-    /// It has fewer blocks than at the last look, and it was not a punch of ours: as after it was
+    /// It has far fewer blocks than at the last look, and it was not a punch of ours: as after it was
     /// cut and grown again. What the map says must not be used any more.
     BlocksLost,
     /// It has no name any more; it is served on.
@@ -84,7 +88,7 @@ impl Watch {
         let punched = !before.is_multiple_of(2) || [after, punches_then] != [before; 2];
         if self.image.file_size_now()? != self.image.geometry.file_size {
             Ok(Change::SizeChanged)
-        } else if blocks < blocks_then && !punched {
+        } else if blocks.saturating_add(TREE) < blocks_then && !punched {
             Ok(Change::BlocksLost)
         } else if self.image.is_unlinked()? {
             Ok(Change::Unlinked)

@@ -111,8 +111,7 @@ impl Scenario {
             punch_bytes: u64::from(fs_block) << rng.below(5),
             lease_fresh: (!identity).then_some(Duration::from_micros(LEASE_BREAK / 4)),
         };
-        let rough = rng.chance(300);
-        let narrow = rng.chance(350);
+        let (rough, narrow) = (rng.chance(300), rng.chance(350));
         let rare = |rng: &mut Rng, often: u64, high: u64| if rng.chance(often) { high } else { 0 };
         Self {
             geometry,
@@ -145,7 +144,7 @@ impl Scenario {
             lies: start == Start::Eligible && rng.chance(20),
             write_through: rng.chance(100),
             punches: !rng.chance(100),
-            zeroes: [!rng.chance(200), !rng.chance(100)],
+            zeroes: [200, 100].map(|never| !rng.chance(never)),
             barriers: !rng.chance(150),
             mutant,
         }
