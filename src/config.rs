@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use rustix::fs::{Gid, Uid};
 
-pub use options::{Cache, Discard, Format, LogFormat, LogLevel, Mode, Options};
+pub use options::{Barrier, Cache, Discard, Format, LogFormat, LogLevel, Mode, Options};
 use size::{SizeError, parse_size};
 
 /// What `--print-capabilities` prints (the vhost-user backend program conventions).
@@ -112,6 +112,8 @@ pub struct Config {
     pub block_size: u32,
     /// `--discard unmap`.
     pub unmap: bool,
+    /// `--barrier strict`.
+    pub strict: bool,
     /// At most 20 bytes of printable ASCII.
     pub serial: Option<String>,
     /// Most extents cached.
@@ -210,6 +212,7 @@ impl Options {
             write_back: self.cache == Cache::Writeback,
             block_size: self.block_size,
             unmap: self.discard == Discard::Unmap,
+            strict: self.barrier == Barrier::Strict,
             max_extents: self.max_extents,
             log_level: self.log_level,
             log_format: self.log_format,

@@ -39,6 +39,7 @@ fn the_defaults_are_the_documented_ones() {
         size_limit: None,
         block_size: 512,
         unmap: true,
+        strict: false,
         serial: None,
         max_extents: 1 << 20,
         control: None,
@@ -59,6 +60,7 @@ fn good_values_are_taken() {
         "--mode=direct",
         "--cache=writethrough",
         "--discard=ignore",
+        "--barrier=strict",
         "--num-queues=64",
         "--queue-size=32768",
         "--threads=64",
@@ -76,7 +78,13 @@ fn good_values_are_taken() {
     assert_eq!(socket.mode, 0o660);
     assert_eq!(socket.owner, Some(Uid::from_raw(0)));
     assert_eq!(socket.group, Some(Gid::from_raw(12345)));
-    assert!(config.read_only && config.format_raw && !config.write_back && !config.unmap);
+    assert!(
+        config.read_only
+            && config.format_raw
+            && !config.write_back
+            && !config.unmap
+            && config.strict
+    );
     assert_eq!((config.num_queues, config.queue_size, config.threads), (64, 32768, 64));
     assert_eq!((config.offset, config.size_limit), (1 << 20, Some(2 << 30)));
     assert_eq!(config.control, Some(SocketOptions::private("/c".into())));
@@ -147,16 +155,9 @@ fn the_socket_comes_from_one_place() {
 
 #[test]
 fn options_of_later_work_are_absent() {
-    for option in [
-        "--config",
-        "--connect",
-        "--barrier",
-        "--poll-us",
-        "--iops",
-        "--metrics",
-        "--sandbox",
-        "--populate",
-    ] {
+    for option in
+        ["--config", "--connect", "--poll-us", "--iops", "--metrics", "--sandbox", "--populate"]
+    {
         assert!(resolve(&[option, "x"]).unwrap_err().contains("unexpected argument"), "{option}");
     }
 }

@@ -42,6 +42,10 @@ pub struct Options {
     /// Write cache the guest starts with.
     #[arg(long, value_name = "CACHE", default_value = "writeback")]
     pub cache: Cache,
+    /// What a FLUSH holds back: `drain` waits for the writes before it, `strict` also keeps every
+    /// later request waiting until it has ended.
+    #[arg(long, value_name = "BARRIER", default_value = "drain")]
+    pub barrier: Barrier,
     /// Whether blocks that the guest discards, or zeroes and allows to be unmapped, go back to the
     /// filesystem. `ignore` offers no DISCARD and writes zeros in place.
     #[arg(long, value_name = "DISCARD", default_value = "unmap")]
@@ -109,6 +113,15 @@ pub enum Cache {
     Writeback,
     /// Writes are durable when they complete.
     Writethrough,
+}
+
+/// `--barrier`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Barrier {
+    /// Later requests go on meanwhile, as on any disk.
+    Drain,
+    /// Later requests wait.
+    Strict,
 }
 
 /// `--discard`.

@@ -79,7 +79,7 @@ enum Stage {
     /// Waiting for the workers to reach the point.
     Draining { id: PointId, missing: BTreeSet<WorkerId> },
     /// The first waiter's worker syncs; this is what it makes durable.
-    Syncing(Dirt),
+    Syncing(WorkerId, Dirt),
 }
 
 /// What the keeper has to do next for a flush.
@@ -102,6 +102,7 @@ pub struct GroupCommit {
     queued: Vec<Waiter>,
     dirt: Dirt,
     failed: Option<i32>,
+    alone: bool,
 }
 
 impl GroupCommit {
@@ -109,6 +110,13 @@ impl GroupCommit {
     #[must_use]
     pub fn new(dirt: Dirt) -> Self {
         Self { dirt, ..Self::default() }
+    }
+
+    /// One flush at a time, shared by nobody: what is held back behind one is accepted before the
+    /// next (`--barrier=strict`).
+    #[must_use]
+    pub fn alone(self, alone: bool) -> Self {
+        Self { alone, ..self }
     }
 
     /// Something became dirty.
@@ -136,7 +144,8 @@ impl GroupCommit {
         if !matches!(self.stage, Stage::Idle) || self.queued.is_empty() {
             return None;
         }
-        self.running = std::mem::take(&mut self.queued);
+        let count = if self.alone { 1 } else { self.queued.len() };
+        self.running = self.queued.drain(..count).collect();
         self.next_point += 1;
         let id = PointId(self.next_point);
         self.stage = Stage::Draining { id, missing: workers.clone() };
@@ -154,7 +163,8 @@ impl GroupCommit {
         }
     }
 
-    /// A worker ended; it had nothing in flight any more.
+    /// A worker ended; it had nothing in flight any more. If it was to sync and has not, because
+    /// nothing of its own waited, those who still wait are asked for again.
     pub fn left(&mut self, worker: WorkerId) -> Option<Step> {
         self.queued.retain(|(w, _)| *w != worker);
         self.running.retain(|(w, _)| *w != worker);
@@ -163,8 +173,22 @@ impl GroupCommit {
                 missing.remove(&worker);
                 self.drained()
             }
-            _ => None,
+            Stage::Syncing(syncing, dirt) if *syncing == worker => {
+                let dirt = *dirt;
+                self.dirt.add(dirt);
+                self.stage = Stage::Idle;
+                self.running.append(&mut self.queued);
+                std::mem::swap(&mut self.running, &mut self.queued);
+                None
+            }
+            Stage::Syncing(..) | Stage::Idle => None,
         }
+    }
+
+    /// Whether no flush is under way.
+    #[must_use]
+    pub const fn is_idle(&self) -> bool {
+        matches!(self.stage, Stage::Idle)
     }
 
     fn drained(&mut self) -> Option<Step> {
@@ -172,7 +196,7 @@ impl GroupCommit {
         if !missing.is_empty() {
             return None;
         }
-        let Some((worker, _)) = self.running.first() else {
+        let Some(&(worker, _)) = self.running.first() else {
             self.stage = Stage::Idle;
             return None;
         };
@@ -181,13 +205,13 @@ impl GroupCommit {
         }
         // R14: clean before the sync is issued, so that what is dirtied meanwhile counts.
         let dirt = std::mem::take(&mut self.dirt);
-        self.stage = Stage::Syncing(dirt);
-        Some(Step::Sync(*worker, dirt))
+        self.stage = Stage::Syncing(worker, dirt);
+        Some(Step::Sync(worker, dirt))
     }
 
     /// The sync ended with 0 or an errno.
     pub fn synced(&mut self, result: i32) -> Option<Step> {
-        let Stage::Syncing(dirt) = self.stage else { return None };
+        let Stage::Syncing(_, dirt) = self.stage else { return None };
         if result != 0 {
             self.dirt.add(dirt);
             self.failed = Some(result);

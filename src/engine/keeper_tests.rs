@@ -6,6 +6,7 @@ use super::*;
 use crate::engine::extent::Hint;
 use crate::engine::io::Tag;
 use crate::engine::message::{Drain, MapAnswer, PointId, Proof, Refusal};
+use crate::engine::{Geometry, Rules};
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 1024;
@@ -59,6 +60,7 @@ impl Small {
             lease_break_time: Duration::from_secs(40),
             proven: true,
             barriers: true,
+            strict: false,
             rules: Rules::default(),
         };
         change(&mut config);

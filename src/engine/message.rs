@@ -99,6 +99,8 @@ pub enum ToWorker {
     Release(ParkId),
     /// Answer [`ToKeeper::PointReached`] when everything accepted until now has ended.
     Point(PointId),
+    /// No flush is under way any more: what waited behind one may start (`--barrier=strict`).
+    Passed,
     /// Carry out this sync, image first, and answer [`ToKeeper::Synced`].
     Sync {
         /// `fdatasync` the image.

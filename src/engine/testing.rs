@@ -194,6 +194,14 @@ const WORKER: WorkerId = WorkerId(7);
 
 impl Rig {
     pub(super) fn new(states: [State; BLOCKS as usize], start: Start) -> Self {
+        Self::with(states, start, |_| ())
+    }
+
+    pub(super) fn with(
+        states: [State; BLOCKS as usize],
+        start: Start,
+        change: impl FnOnce(&mut KeeperConfig),
+    ) -> Self {
         let geometry = Geometry {
             file_size: BLOCKS * BLOCK,
             fs_block: 4096,
@@ -207,7 +215,7 @@ impl Rig {
             punch_bytes: 256 << 20,
             lease_fresh: Some(Duration::from_secs(10)),
         };
-        let config = KeeperConfig {
+        let mut config = KeeperConfig {
             geometry,
             start,
             window: FileRange::new(0, geometry.file_size),
@@ -215,8 +223,10 @@ impl Rig {
             lease_break_time: Duration::from_secs(40),
             proven: true,
             barriers: true,
+            strict: false,
             rules: Rules::default(),
         };
+        change(&mut config);
         let shared = Arc::new(Shared::new());
         let counters = Arc::new(Counters::default());
         let mut rig = Self {

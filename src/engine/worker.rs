@@ -4,8 +4,10 @@
 //! A request waits (for the map, a lock, a park order to end) or runs, as pieces. Each piece is one
 //! operation of the [`Io`], or two for a read-modify-write; see `ops.rs`.
 
+mod fence;
 mod orders;
 mod pending;
+mod pieces;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,14 +19,18 @@ use super::counters::Counters;
 use super::extent::Hint;
 use super::io::{BounceSlot, Io, Tag};
 use super::message::{ToKeeper, ToWorker};
-use super::ops::{self, OpTable, Running};
-use super::plan::{self, Access, Need, Route};
+use super::ops::OpTable;
+use super::plan::{self, Need};
 use super::request::{Kind, Request, Status};
 use super::rules::Rules;
 use super::shared::{Shared, View};
-use super::units::{DeviceOffset, FileRange};
+use super::units::DeviceOffset;
+use fence::Fence;
 use orders::ParkOrder;
 use pending::{Pending, Phase};
+
+/// Who waits for a flush that no request asked for.
+const NOBODY: Tag = Tag(u32::MAX);
 
 /// The requests of one queue thread. See the [module](self).
 #[derive(Debug)]
@@ -55,6 +61,7 @@ pub struct Worker {
     confirmed: Option<Duration>,
     lease_lost: bool,
     write_through: bool,
+    fence: Fence,
     /// A sync ordered by the keeper that waits for a free operation.
     sync: Option<(bool, Option<DeviceOffset>)>,
     done: VecDeque<(Tag, Status)>,
@@ -96,6 +103,7 @@ impl Worker {
             confirmed: None,
             lease_lost: false,
             write_through: false,
+            fence: Fence::default(),
             sync: None,
             done: VecDeque::new(),
             outbox: VecDeque::new(),
@@ -132,11 +140,10 @@ impl Worker {
             status: Status::Ok,
             locked: false,
             wrote_file: false,
-            generation: request.kind.modifies().then(|| self.generations.begin()),
+            generation: None,
         });
         self.in_flight += 1;
-        self.begin(tag);
-        self.advance(io, tag);
+        self.enter_in_turn(io, tag, request.kind);
         self.pump(io);
     }
 
@@ -154,7 +161,14 @@ impl Worker {
                 let block = u64::from(self.geometry.fs_block);
                 self.resume(io, tag, |p| p.punched(errno, block));
             }
-            ToWorker::Flushed(tag, errno) => self.flushed(tag, errno),
+            ToWorker::Flushed(tag, errno) => {
+                self.flushed(tag, errno);
+                self.pass(io);
+            }
+            ToWorker::Passed => {
+                self.fence.close();
+                self.pass(io);
+            }
             ToWorker::Park(id, range, drain) => {
                 self.parks.push(ParkOrder { id, range, drain, answered: false });
                 self.answer_parks();
@@ -165,6 +179,7 @@ impl Worker {
                 self.unpark(io);
             }
             ToWorker::Point(id) => {
+                self.fence.open();
                 self.generations.point(id);
                 self.report_point();
             }
@@ -224,9 +239,19 @@ impl Worker {
         self.in_flight
     }
 
-    /// Write-through: writes complete only when durable (R15).
+    /// Write-through: writes complete only when durable (R15). What was written before becomes so
+    /// at the switch.
     pub fn set_write_through(&mut self, on: bool) {
+        if on && !self.write_through {
+            self.outbox.push_back(ToKeeper::Flush(NOBODY));
+        }
         self.write_through = on;
+    }
+
+    /// `--barrier=strict`: no request starts before a FLUSH that was accepted earlier has ended
+    /// (R13). To be said before the first request.
+    pub fn set_strict(&mut self) {
+        self.fence.strict = true;
     }
 
     pub(super) fn say(&mut self, message: ToKeeper) {
@@ -301,84 +326,6 @@ impl Worker {
             if !self.start_piece(io, tag, access, rest) {
                 return;
             }
-        }
-    }
-
-    /// Starts the next piece; `false` if the request has to wait.
-    fn start_piece(&mut self, io: &mut impl Io, tag: Tag, access: Access, rest: FileRange) -> bool {
-        let piece = plan::next_piece(&self.view, &self.geometry, access, rest, &mut self.hint);
-        let raw = matches!(piece.route, Route::Device(_));
-        let crowded = raw
-            && self.raw_bytes > 0
-            && self.raw_bytes.saturating_add(piece.unit.len()) > ops::RAW_BYTES;
-        let stalled = crowded || !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
-        // Zeros too: nobody may have filled the hole since the map was read (R2a).
-        let mapped = piece.route != Route::File;
-        let parked = !stalled && mapped && !self.lease_ours(io);
-        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return false };
-        if parked {
-            pending.phase = Phase::Parked;
-            self.parked.push_back(tag);
-            return false;
-        }
-        if stalled {
-            pending.phase = Phase::Stalled;
-            self.stalled.push_back(tag);
-            return false;
-        }
-        pending.advance(piece.range);
-        if piece.route == Route::Zero {
-            self.counters.zero.add(1);
-            if !access.write {
-                ops::zero(io, tag, piece.range, access.base);
-            }
-            return true;
-        }
-        pending.pieces += 1;
-        pending.wrote_file |= access.write && piece.route == Route::File;
-        let running = Running::new(tag, piece, access);
-        if raw {
-            self.counters.direct.add(1)
-        } else {
-            self.counters.file.add(1)
-        }
-        if piece.bounce {
-            self.counters.bounced.add(1);
-        }
-        self.launch(io, running);
-        true
-    }
-
-    /// A piece ended; called by `ops.rs`.
-    pub(super) fn piece_done(&mut self, io: &mut impl Io, tag: Tag, ok: bool) {
-        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
-        pending.pieces -= 1;
-        if !ok {
-            pending.fail();
-        }
-        match pending.phase {
-            Phase::Running => self.advance(io, tag),
-            // The rest was cut off by the failure: nothing is waited for any more. The keeper's
-            // answer, if that was it, still comes and finishes the request.
-            Phase::Parked | Phase::Stalled | Phase::Keeper => {}
-        }
-    }
-
-    /// Zeros have to be written after all.
-    pub(super) fn bounce_zeroes(&mut self, io: &mut impl Io, tag: Tag, range: FileRange) {
-        if let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) {
-            pending.request.mem_aligned = false;
-        }
-        self.piece_again(io, tag, range);
-    }
-
-    /// A piece could not be carried to its end under the lease it was planned with.
-    pub(super) fn piece_again(&mut self, io: &mut impl Io, tag: Tag, rest: FileRange) {
-        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
-        pending.pieces -= 1;
-        pending.redo.push(rest);
-        if pending.phase == Phase::Running {
-            self.advance(io, tag);
         }
     }
 }

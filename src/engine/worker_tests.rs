@@ -8,6 +8,7 @@ use crate::engine::io::Target;
 use crate::engine::keeper::Start;
 use crate::engine::message::{Report, Why};
 use crate::engine::testing::{BLOCK, Rig, range};
+use crate::engine::units::FileRange;
 
 const HOLES: [State; 16] = [State::Hole; 16];
 const MAPPED: [State; 16] = [State::Mapped; 16];
@@ -350,4 +351,46 @@ fn a_guest_cannot_make_a_break_wait_for_more_than_a_few_seconds_of_raw_io() {
         }
     }
     assert_eq!(done, 100);
+}
+
+#[test]
+fn a_strict_barrier_holds_back_what_comes_after_it_and_a_drain_does_not() {
+    for strict in [false, true] {
+        let mut rig = Rig::with(MAPPED, Start::Eligible, |config| config.strict = strict);
+        if strict {
+            rig.worker.set_strict();
+        }
+        rig.read(range(0, 3));
+        rig.world.hold = true;
+        let before = rig.write(range(0, 1), 1);
+        let flush = rig.start(Kind::Flush, Vec::new());
+        let ops = rig.world.log.len();
+        let after = rig.write(range(1, 1), 2);
+        let read = rig.start(Kind::Read(range(2, 1)), vec![9; BLOCK as usize]);
+        assert_eq!(rig.world.log.len() - ops, if strict { 0 } else { 2 });
+        rig.world.hold = false;
+        rig.run();
+        for tag in [before, flush, after, read] {
+            assert_eq!(rig.done.get(&tag), Some(&Status::Ok));
+        }
+        let sync = |op: &Op| matches!(op, Op::SyncImage | Op::SyncDevice(..));
+        let synced = rig.world.log.iter().rposition(sync).unwrap();
+        assert_eq!(rig.world.log.len() - 1 > synced, strict, "{:?}", rig.world.log);
+        assert_eq!(rig.read(range(1, 1)), vec![2; BLOCK as usize]);
+    }
+}
+
+#[test]
+fn switching_to_write_through_makes_durable_what_was_written_before() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.write(range(0, 1), 1);
+    let sync = |op: &Op| matches!(op, Op::SyncImage | Op::SyncDevice(..));
+    assert_eq!(log_of(&rig, sync), 0);
+    rig.worker.set_write_through(true);
+    rig.run();
+    assert_eq!(log_of(&rig, sync), 2, "{:?}", rig.world.log);
+    rig.worker.set_write_through(true);
+    rig.worker.set_write_through(false);
+    rig.run();
+    assert_eq!(log_of(&rig, sync), 2);
 }

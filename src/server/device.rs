@@ -49,6 +49,7 @@ pub(super) fn describe(
         queue_size: config.queue_size,
         threads: config.threads,
         serial: config.serial.clone().unwrap_or_else(|| image.default_serial()),
+        strict: config.strict,
         write_back: config.write_back,
         inbox,
     }

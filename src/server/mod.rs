@@ -219,7 +219,7 @@ impl<'a> Server<'a> {
         let shared = Arc::new(Shared::new());
         let device =
             Arc::new(device::describe(config, &image, Arc::clone(&shared), poster.clone()));
-        let owner = Owner::new(&image, shared, config.max_extents, poster, started)
+        let owner = Owner::new(&image, shared, config, poster, started)
             .map_err(failed("start a thread"))?;
         let watch = image.watch().map_err(failed("watch the image"))?;
         let poll = Poll::new().map_err(failed("make an epoll set"))?;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tracing::{error, info, warn};
 
+use crate::config::Config;
 use crate::engine::Keeper;
 use crate::engine::keeper::{KeeperConfig, Start};
 use crate::engine::message::{Action, Refusal, Report, Why};
@@ -39,22 +40,23 @@ impl Owner {
     pub(super) fn new(
         image: &Arc<Image>,
         shared: Arc<Shared>,
-        max_extents: usize,
+        config: &Config,
         inbox: Poster,
         now: Duration,
     ) -> io::Result<Self> {
-        let config = KeeperConfig {
+        let keeper = KeeperConfig {
             geometry: *image.geometry(),
             start: image.start(),
             window: image.window(),
-            max_extents,
+            max_extents: config.max_extents,
             lease_break_time: image.lease_break_time(),
             proven: image.proven(),
             barriers: image.barriers(),
+            strict: config.strict,
             rules: Rules::default(),
         };
         Ok(Self {
-            keeper: Keeper::new(config, shared, now),
+            keeper: Keeper::new(keeper, shared, now),
             helper: Helper::start(Arc::clone(image), inbox)?,
             toucher: Toucher::start(Arc::clone(image))?,
             image: Arc::clone(image),

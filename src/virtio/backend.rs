@@ -205,19 +205,23 @@ impl Backend {
         let max_requests = count.saturating_mul(u32::from(config.queue_size));
         let (image, device) = (config.files.image_fd(), config.files.device_fd());
         let ring = Ring::new(image, device, &config.geometry, config.lease)?;
+        let mut engine = engine::Worker::new(
+            config.geometry,
+            config.rules,
+            Arc::clone(&config.shared),
+            Arc::clone(&thread.counters),
+            max_requests,
+        );
+        if config.strict {
+            engine.set_strict();
+        }
         Worker::new(Parts {
             id: thread.id,
             backend: Arc::clone(self),
             handler,
             mailbox,
             queues,
-            engine: engine::Worker::new(
-                config.geometry,
-                config.rules,
-                Arc::clone(&config.shared),
-                Arc::clone(&thread.counters),
-                max_requests,
-            ),
+            engine,
             counters: Arc::clone(&thread.counters),
             max_requests,
             memory: Arc::new(Memory::new()),
@@ -294,6 +298,8 @@ impl VhostUserBackend for Backend {
             Some(byte) => {
                 self.writeback.store(*byte != 0, Ordering::Release);
                 self.update_write_through();
+                // At once: it makes what was written before durable (R15).
+                self.threads.iter().for_each(|thread| thread.slot.post(Mail::CacheMode));
                 let write_through = self.write_through();
                 tracing::debug!(write_through, "the driver set the cache mode");
             }

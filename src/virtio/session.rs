@@ -74,6 +74,8 @@ pub struct DeviceConfig {
     pub threads: u16,
     /// The answer to GET_ID; its first 20 bytes count.
     pub serial: String,
+    /// FLUSH holds later requests back (`--barrier=strict`).
+    pub strict: bool,
     /// The `writeback` field of a new device.
     pub write_back: bool,
     /// The main loop.

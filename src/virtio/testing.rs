@@ -95,6 +95,7 @@ pub(crate) fn device(image: OwnedFd, num_queues: u16, threads: u16) -> (Arc<Devi
         queue_size: 1024,
         threads,
         serial: "serial".to_owned(),
+        strict: false,
         write_back: true,
         inbox: poster,
     };
@@ -168,6 +169,7 @@ fn new_keeper(shared: &Arc<Shared>) -> Keeper {
         lease_break_time: Duration::from_secs(45),
         proven: false,
         barriers: true,
+        strict: false,
         rules: Rules::default(),
     };
     Keeper::new(config, Arc::clone(shared), Duration::ZERO)

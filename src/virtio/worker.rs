@@ -68,6 +68,8 @@ pub(crate) enum Mail {
     Call(usize, Option<Notifier>),
     /// The queue's error signal, from now on.
     Err(usize, Option<Notifier>),
+    /// The driver has set the cache mode.
+    CacheMode,
     /// The ring is about to be disabled: take nothing more from it, and say when it is drained.
     Pause(usize, Sender<()>),
     /// The ring is about to be enabled.

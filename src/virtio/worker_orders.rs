@@ -58,6 +58,7 @@ impl<D: Disk> Worker<D> {
                 self.set_kick(queue, kick);
                 self.begin_anew(queue);
             }
+            Mail::CacheMode => self.adopt_write_through(),
             Mail::Call(queue, call) => self.set_call(queue, call),
             Mail::Err(queue, err) => {
                 if let Some(queue) = self.queues.get_mut(queue) {

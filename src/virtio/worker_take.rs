@@ -69,7 +69,7 @@ impl<D: Disk> Worker<D> {
 
     /// Looked at after a batch was taken and before any of it is accepted: a guest that was told
     /// that `writeback` is 0 before it made a write available gets write-through for it.
-    fn adopt_write_through(&mut self) {
+    pub(super) fn adopt_write_through(&mut self) {
         let wanted = self.backend.write_through();
         if self.write_through != Some(wanted) {
             self.write_through = Some(wanted);

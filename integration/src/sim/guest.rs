@@ -32,6 +32,8 @@ pub(super) struct Pending {
     /// Flushes: modifying requests accepted earlier and not answered then.
     earlier: Vec<u64>,
     write_through: bool,
+    /// Held back by a flush, perhaps (`--barrier=strict`): flushes of other queues may overtake it.
+    behind: bool,
     /// A failed flush had been answered before it was asked.
     after_failure: bool,
 }
@@ -173,9 +175,14 @@ impl World {
         if !request.mem_aligned && !memory.is_empty() {
             self.hit(Hazard::Bounced);
         }
-        let modifying = self.guest.pending.values().filter(|p| p.request.kind.modifies());
+        let behind = self.scenario.strict && self.guest.waits_for_flush();
+        let modifying = self
+            .guest
+            .pending
+            .iter()
+            .filter(|((of, _), p)| p.request.kind.modifies() && (*of == worker || !p.behind));
         let earlier = match kind {
-            Kind::Flush => modifying.map(|p| p.number).collect(),
+            Kind::Flush => modifying.map(|(_, p)| p.number).collect(),
             _ => Vec::new(),
         };
         let admissible = match kind {
@@ -192,6 +199,7 @@ impl World {
             admissible,
             earlier,
             write_through: self.guest.write_through,
+            behind,
             after_failure: self.guest.flush_failed,
         };
         self.trace(|| format!("w{} tag {} request {number} {request:?}", worker.0, tag.0));
@@ -240,6 +248,7 @@ impl World {
             return;
         };
         self.guest.answered += 1;
+        self.check_strict(worker, pending.number);
         let ok = status == Status::Ok;
         if !ok && !self.guest.excused {
             self.fail(format!("{:?} failed without a cause: {status:?}", pending.request.kind));
@@ -250,6 +259,16 @@ impl World {
             Kind::Write(_) | Kind::WriteZeroes { .. } => self.write_ended(&pending, ok),
             Kind::Discard(_) => self.discard_ended(&pending, ok),
             Kind::Flush => self.flush_ended(&pending, ok),
+        }
+    }
+
+    /// `--barrier=strict`: nothing overtakes a flush of its own queue.
+    fn check_strict(&mut self, worker: WorkerId, number: u64) {
+        let mut flushes = self.guest.pending.iter().filter(|((of, _), p)| {
+            *of == worker && p.number < number && p.request.kind == Kind::Flush
+        });
+        if self.scenario.strict && flushes.next().is_some() {
+            self.fail(format!("request {number} overtook a flush (R13, strict)"));
         }
     }
 

@@ -109,6 +109,7 @@ impl Sim {
             lease_break_time: Duration::from_micros(LEASE_BREAK),
             proven: !scenario.lies && self.world.rng.chance(700),
             barriers: scenario.barriers,
+            strict: scenario.strict,
             rules: Mutant::rules(scenario.mutant),
         };
         self.world.alive = true;
@@ -138,6 +139,9 @@ impl Sim {
                 u32::try_from(scenario.queue_depth).unwrap_or(u32::MAX),
             );
             worker.set_write_through(self.world.guest.write_through);
+            if scenario.strict {
+                worker.set_strict();
+            }
             let slots = scenario.geometry.bounce_slots as usize;
             let sectors = scenario.geometry.bounce_bytes as usize / 512;
             self.world.bounce.insert(id, vec![vec![0; sectors]; slots]);

@@ -73,6 +73,8 @@ pub(super) struct Scenario {
     pub(super) punches: bool,
     /// The filesystem can zero ranges; and the disk.
     pub(super) zeroes: [bool; 2],
+    /// `--barrier=strict`.
+    pub(super) strict: bool,
     /// The host's filesystem flushes the disk (no `barrier=0`).
     pub(super) barriers: bool,
     pub(super) mutant: Option<Mutant>,
@@ -97,20 +99,7 @@ impl Scenario {
         let blocks = if identity { blocks } else { sectors.div_ceil(spb) };
         let file_size = if identity { blocks * spb } else { sectors } as u64 * SECTOR;
         let window = window(rng, file_size, u64::from(dev_block));
-        let bounce_bytes = 4096 << rng.below(3);
-        let geometry = Geometry {
-            file_size,
-            fs_block,
-            file_align: dev_block,
-            dev_block,
-            mem_align: if rng.chance(500) { 512 } else { dev_block },
-            bounce_bytes,
-            bounce_slots: u32::try_from(rng.range(1, 6)).unwrap_or(1),
-            ops: u32::try_from(rng.range(4, 40)).unwrap_or(4),
-            zeroes_bytes: u64::from(fs_block) << rng.below(3),
-            punch_bytes: u64::from(fs_block) << rng.below(5),
-            lease_fresh: (!identity).then_some(Duration::from_micros(LEASE_BREAK / 4)),
-        };
+        let geometry = geometry(rng, file_size, (fs_block, dev_block), identity);
         let (rough, narrow) = (rng.chance(300), rng.chance(350));
         let rare = |rng: &mut Rng, often: u64, high: u64| if rng.chance(often) { high } else { 0 };
         Self {
@@ -146,6 +135,7 @@ impl Scenario {
             punches: !rng.chance(100),
             zeroes: [200, 100].map(|never| !rng.chance(never)),
             barriers: !rng.chance(150),
+            strict: rng.chance(150),
             mutant,
         }
     }
@@ -166,6 +156,23 @@ impl Scenario {
     /// Blocks of the disk.
     pub(super) fn places(&self) -> usize {
         if self.identity() { self.blocks } else { self.blocks * 4 + 32 }
+    }
+}
+
+fn geometry(rng: &mut Rng, file_size: u64, blocks: (u32, u32), identity: bool) -> Geometry {
+    let (fs_block, dev_block) = blocks;
+    Geometry {
+        file_size,
+        fs_block,
+        file_align: dev_block,
+        dev_block,
+        bounce_bytes: 4096 << rng.below(3),
+        mem_align: if rng.chance(500) { 512 } else { dev_block },
+        bounce_slots: u32::try_from(rng.range(1, 6)).unwrap_or(1),
+        ops: u32::try_from(rng.range(4, 40)).unwrap_or(4),
+        zeroes_bytes: u64::from(fs_block) << rng.below(3),
+        punch_bytes: u64::from(fs_block) << rng.below(5),
+        lease_fresh: (!identity).then_some(Duration::from_micros(LEASE_BREAK / 4)),
     }
 }
 

@@ -5,6 +5,7 @@
 //! `ownership` takes and gives up the lease, `mapping` loads and forgets extents and settles file
 //! writes, `layout` locks ranges, parks workers and punches, the barrier makes things durable.
 
+mod config;
 mod layout;
 mod mapping;
 mod ownership;
@@ -13,94 +14,19 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Geometry;
 use super::barrier::{Dirt, GroupCommit, Step};
 use super::extent::{Extent, ExtentMap, State};
 use super::locks::{Owner, RangeLocks};
 use super::message::{
     Action, Job, JobDone, JobId, ParkId, Report, ToKeeper, ToWorker, Why, WorkerId,
 };
-use super::rules::Rules;
 use super::shared::{Mode, Shared, View};
 use super::units::{DeviceOffset, FileRange};
 
+pub use config::{KeeperConfig, Lease, Snapshot, Start};
 use layout::{Park, Purpose};
 use mapping::{Query, Want};
 use ownership::Ownership;
-
-/// How an image begins.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Start {
-    /// A regular file that may be served raw: the keeper tries for direct mode at once and again
-    /// after every break.
-    Eligible,
-    /// Filesystem mode for good.
-    Filesystem,
-    /// A block device: raw always, the file's offsets are the device's (R6a).
-    Identity,
-}
-
-/// What a keeper is made of.
-#[derive(Clone, Copy, Debug)]
-pub struct KeeperConfig {
-    /// Sizes and alignments.
-    pub geometry: Geometry,
-    /// How it begins.
-    pub start: Start,
-    /// The part of the file the guest sees, in bytes.
-    pub window: FileRange,
-    /// Most extents cached (R8).
-    pub max_extents: usize,
-    /// `/proc/sys/fs/lease-break-time`; half of it unserved is reported (R2a).
-    pub lease_break_time: Duration,
-    /// Whether a comparison at open has shown raw and file reads equal (R6).
-    pub proven: bool,
-    /// Whether the filesystem's `fdatasync` flushes the device's cache (R14): not where it is
-    /// mounted with `barrier=0`.
-    pub barriers: bool,
-    /// All of them, but in the simulator.
-    pub rules: Rules,
-}
-
-/// The lease, as `status` shows it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Lease {
-    /// Not ours.
-    None,
-    /// Ours.
-    Held,
-    /// Ours, and somebody waits.
-    Breaking,
-}
-
-/// What `status` shows of the keeper.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Snapshot {
-    /// Direct mode.
-    pub direct: bool,
-    /// If not: why.
-    pub why: Why,
-    /// The lease.
-    pub lease: Lease,
-    /// Extents cached.
-    pub cached: usize,
-    /// Bytes cached as mapped.
-    pub mapped_bytes: u64,
-    /// FIEMAP jobs ordered.
-    pub fiemap_calls: u64,
-    /// Extents forgotten because of the cap.
-    pub evictions: u64,
-    /// Lease breaks seen.
-    pub lease_breaks: u64,
-    /// Flushes asked for, write-through writes included.
-    pub flush_requests: u64,
-    /// Device cache flushes ordered.
-    pub device_flushes: u64,
-    /// Metadata commits ordered.
-    pub metadata_commits: u64,
-    /// The errno of a flush that failed and is still held against the session (R16).
-    pub flush_error: Option<i32>,
-}
 
 /// Numbers for `status`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -147,6 +73,8 @@ pub struct Keeper {
     next_id: u64,
 
     commit: GroupCommit,
+    /// The workers have a flush point and wait to hear that it is passed (`--barrier=strict`).
+    fenced: bool,
     /// R4: when the image's mtime is due; `None`: nothing was written raw.
     touch_at: Option<Duration>,
 }
@@ -179,7 +107,8 @@ impl Keeper {
             punches: BTreeMap::new(),
             punch_ranges: BTreeMap::new(),
             next_id: 0,
-            commit: GroupCommit::new(dirt),
+            commit: GroupCommit::new(dirt).alone(config.strict),
+            fenced: false,
             touch_at: None,
         };
         match config.start {
@@ -369,6 +298,9 @@ impl Keeper {
         while let Some(step) = next.take() {
             match step {
                 Step::Point(id, workers) => {
+                    // First: this flush waits for what the one before it held back.
+                    self.pass();
+                    self.fenced = self.config.strict;
                     for worker in workers {
                         self.send(worker, ToWorker::Point(id));
                     }
@@ -389,6 +321,18 @@ impl Keeper {
                     }
                     next = self.commit.start(&self.workers);
                 }
+            }
+        }
+        if self.commit.is_idle() {
+            self.pass();
+        }
+    }
+
+    /// `--barrier=strict`: a flush has ended, or nobody waits for it any more.
+    fn pass(&mut self) {
+        if std::mem::take(&mut self.fenced) {
+            for worker in self.workers.clone() {
+                self.send(worker, ToWorker::Passed);
             }
         }
     }

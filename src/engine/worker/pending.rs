@@ -181,6 +181,7 @@ impl Worker {
         if errno != 0 {
             pending.fail();
         }
+        self.fence.ended(tag);
         self.hand_back(tag);
     }
 

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A request's pieces: when one may start, and what follows its end.
+
+use super::Worker;
+use super::pending::Phase;
+use crate::engine::io::{Io, Tag};
+use crate::engine::ops::{self, Running};
+use crate::engine::plan::{self, Access, Route};
+use crate::engine::units::FileRange;
+
+impl Worker {
+    /// Starts the next piece; `false` if the request has to wait.
+    pub(super) fn start_piece(
+        &mut self,
+        io: &mut impl Io,
+        tag: Tag,
+        access: Access,
+        rest: FileRange,
+    ) -> bool {
+        let piece = plan::next_piece(&self.view, &self.geometry, access, rest, &mut self.hint);
+        let raw = matches!(piece.route, Route::Device(_));
+        let crowded = raw
+            && self.raw_bytes > 0
+            && self.raw_bytes.saturating_add(piece.unit.len()) > ops::RAW_BYTES;
+        let stalled = crowded || !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
+        // Zeros too: nobody may have filled the hole since the map was read (R2a).
+        let mapped = piece.route != Route::File;
+        let parked = !stalled && mapped && !self.lease_ours(io);
+        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return false };
+        if parked {
+            pending.phase = Phase::Parked;
+            self.parked.push_back(tag);
+            return false;
+        }
+        if stalled {
+            pending.phase = Phase::Stalled;
+            self.stalled.push_back(tag);
+            return false;
+        }
+        pending.advance(piece.range);
+        if piece.route == Route::Zero {
+            self.counters.zero.add(1);
+            if !access.write {
+                ops::zero(io, tag, piece.range, access.base);
+            }
+            return true;
+        }
+        pending.pieces += 1;
+        pending.wrote_file |= access.write && piece.route == Route::File;
+        let running = Running::new(tag, piece, access);
+        if raw {
+            self.counters.direct.add(1)
+        } else {
+            self.counters.file.add(1)
+        }
+        if piece.bounce {
+            self.counters.bounced.add(1);
+        }
+        self.launch(io, running);
+        true
+    }
+
+    /// A piece ended; called by `ops.rs`.
+    pub(in crate::engine) fn piece_done(&mut self, io: &mut impl Io, tag: Tag, ok: bool) {
+        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
+        pending.pieces -= 1;
+        if !ok {
+            pending.fail();
+        }
+        match pending.phase {
+            Phase::Running => self.advance(io, tag),
+            // The rest was cut off by the failure: nothing is waited for any more. The keeper's
+            // answer, if that was it, still comes and finishes the request.
+            Phase::Parked | Phase::Stalled | Phase::Keeper => {}
+        }
+    }
+
+    /// Zeros have to be written after all.
+    pub(in crate::engine) fn bounce_zeroes(
+        &mut self,
+        io: &mut impl Io,
+        tag: Tag,
+        range: FileRange,
+    ) {
+        if let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) {
+            pending.request.mem_aligned = false;
+        }
+        self.piece_again(io, tag, range);
+    }
+
+    /// A piece could not be carried to its end under the lease it was planned with.
+    pub(in crate::engine) fn piece_again(&mut self, io: &mut impl Io, tag: Tag, rest: FileRange) {
+        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
+        pending.pieces -= 1;
+        pending.redo.push(rest);
+        if pending.phase == Phase::Running {
+            self.advance(io, tag);
+        }
+    }
+}
