@@ -38,6 +38,7 @@ pub(super) struct Owner {
 impl Owner {
     pub(super) fn new(
         image: &Arc<Image>,
+        rules: Rules,
         shared: Arc<Shared>,
         max_extents: usize,
         inbox: Poster,
@@ -51,7 +52,7 @@ impl Owner {
             lease_break_time: image.lease_break_time(),
             proven: image.proven(),
             barriers: image.barriers(),
-            rules: Rules::default(),
+            rules,
         };
         Ok(Self {
             keeper: Keeper::new(config, shared, now),
