@@ -30,6 +30,7 @@ pub mod filesystem;
 pub mod frontend;
 pub mod image;
 pub mod model;
+pub mod program;
 pub mod queue;
 pub mod random;
 pub mod ring;
