@@ -98,9 +98,10 @@ impl Host {
         self.mount.take().map_or(Ok(()), |mut mount| mount.unmount())
     }
 
-    /// Makes all files durable, directories too.
+    /// Makes all files durable, directories too. Without barriers the filesystem leaves it in the disk's cache.
     fn sync(&self) -> io::Result<()> {
-        run("sync", &["-f".as_ref(), self.target.as_os_str()]).map(drop)
+        run("sync", &["-f".as_ref(), self.target.as_os_str()])?;
+        File::open(self.device()?)?.sync_all()
     }
 
     /// After a power cut: tears the dead host down, and boots the next on what the disk has kept.
