@@ -135,6 +135,23 @@ impl Host {
         std::fs::write(path, bytes)
     }
 
+    /// Processes that read the image, one after the other, until the power goes: each ends direct mode for a while.
+    pub(super) fn visit(&self, times: u64, random: &mut Random) -> io::Result<()> {
+        for _ in 0..times {
+            let mut bytes = vec![0; 64 << 10];
+            let at = random.below(IMAGE - bytes.len() as u64);
+            let read = File::open(self.image()).and_then(|file| file.read_exact_at(&mut bytes, at));
+            match read {
+                Ok(()) => {}
+                Err(_) if !self.disk.has_power() => return Ok(()),
+                Err(error) => return Err(context("a reader on the host")(error)),
+            }
+            // Long enough, now and then, for direct mode to come back.
+            std::thread::sleep(std::time::Duration::from_millis(random.below(120)));
+        }
+        Ok(())
+    }
+
     /// A new image in stretches of written, unwritten and no blocks, durable, in place of the old one.
     pub(super) fn renew_image(&self, ledger: &mut Ledger, random: &mut Random) -> io::Result<()> {
         let path = self.image();

@@ -261,9 +261,9 @@ impl<'a> Lane<'a> {
         self.host.disk.record(LOG);
         self.stagger();
         let when = if self.random.one_in(3) {
-            When::Flushes(1 + self.random.below(12))
+            When::Flushes(1 + self.random.below(24))
         } else {
-            When::Requests(1 + self.random.below(700))
+            When::Requests(1 + self.random.below(1500))
         };
         // A guest without FLUSH may cause none.
         let when = match when {
@@ -273,7 +273,10 @@ impl<'a> Lane<'a> {
             when => when,
         };
         self.host.disk.arm(Cut { when, loss, seed: self.random.bits() });
+        let visits = if self.random.one_in(3) { 1 + self.random.below(6) } else { 0 };
+        let mut random = Random::new(self.random.bits());
         self.load(|_, host, _, _| {
+            host.visit(visits, &mut random)?;
             if host.disk.await_cut(PATIENCE) {
                 return Ok(());
             }
