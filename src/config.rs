@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use rustix::fs::{Gid, Uid};
 
-pub use options::{Cache, Format, LogFormat, LogLevel, Mode, Options};
+pub use options::{Cache, Discard, Format, LogFormat, LogLevel, Mode, Options};
 use size::{SizeError, parse_size};
 
 /// What `--print-capabilities` prints (the vhost-user backend program conventions).
@@ -110,6 +110,8 @@ pub struct Config {
     pub size_limit: Option<u64>,
     /// Logical block size, 512 or 4096 bytes.
     pub block_size: u32,
+    /// `--discard unmap`.
+    pub unmap: bool,
     /// At most 20 bytes of printable ASCII.
     pub serial: Option<String>,
     /// Most extents cached.
@@ -207,6 +209,7 @@ impl Options {
             mode: self.mode,
             write_back: self.cache == Cache::Writeback,
             block_size: self.block_size,
+            unmap: self.discard == Discard::Unmap,
             max_extents: self.max_extents,
             log_level: self.log_level,
             log_format: self.log_format,

@@ -38,6 +38,7 @@ fn the_defaults_are_the_documented_ones() {
         offset: 0,
         size_limit: None,
         block_size: 512,
+        unmap: true,
         serial: None,
         max_extents: 1 << 20,
         control: None,

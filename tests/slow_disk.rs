@@ -138,6 +138,29 @@ fn a_frontend_gone_with_io_in_flight_and_the_next_at_once() {
     bed.finish().unwrap();
 }
 
+/// A group commit needs every thread's answer, also of one that has nothing to do any more when the frontend goes.
+#[test]
+fn a_frontend_gone_with_flushes_queued_and_the_next_at_once() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let bed = Bed::make(&rig, PROGRAM, &setup, &["--num-queues=2", "--threads=2"]).unwrap();
+    let mut client = bed.connect(2).unwrap();
+    client.write_at(0, &NEWER).unwrap();
+    slow.add(Rule::delay(Operation::Flush, Duration::from_millis(500)).times(1));
+    let queue = client.queue(0).unwrap();
+    // The second one shares the commit after the first one's, which begins when the other thread is long done.
+    for token in 0..2 {
+        queue.submit(Request::Flush, &Shape::whole(), token).unwrap();
+        queue.kick().unwrap();
+        until("the slow flush", SOON, || (slow.counts().hit > 0).then_some(())).unwrap();
+    }
+    thread::sleep(Duration::from_millis(100));
+    drop(client);
+    let mut next = bed.connect(2).unwrap();
+    next.write_at(4096, &NEWER).unwrap();
+    next.flush().unwrap();
+}
+
 #[test]
 fn get_vring_base_answers_after_what_is_in_flight() {
     let Some(rig) = Rig::enter() else { return };

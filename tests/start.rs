@@ -66,6 +66,25 @@ fn read_only_images_are_shared() {
     }
 }
 
+/// A reader keeps a writable image from direct mode, and a read-only one not: `extentctl check` says so for both.
+#[test]
+fn a_check_answers_for_the_daemon_that_is_meant() {
+    let Some(rig) = Rig::enter() else { return };
+    let fs = Filesystem::make(Kind::Ext4, 64 * MIB, 512, &Backing::Memory, &rig.dir("fs").unwrap())
+        .unwrap();
+    let image = fs.path().join("image");
+    Layout::Mixed.make(&image, 8 * MIB, 1).unwrap();
+    let check = |options: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_extentctl"));
+        command.arg("check").arg(&image).args(options).stdout(Stdio::null());
+        spawn(&mut command).unwrap().wait().unwrap().code()
+    };
+    assert_eq!((check(&[]), check(&["--read-only"])), (Some(0), Some(0)));
+    let reader = File::open(&image).unwrap();
+    assert_eq!((check(&[]), check(&["--read-only"])), (Some(1), Some(0)));
+    drop(reader);
+}
+
 #[test]
 fn a_writable_image_has_one_daemon() {
     let Some(rig) = Rig::enter() else { return };

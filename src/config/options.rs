@@ -42,6 +42,10 @@ pub struct Options {
     /// Write cache the guest starts with.
     #[arg(long, value_name = "CACHE", default_value = "writeback")]
     pub cache: Cache,
+    /// Whether blocks that the guest discards, or zeroes and allows to be unmapped, go back to the
+    /// filesystem. `ignore` offers no DISCARD and writes zeros in place.
+    #[arg(long, value_name = "DISCARD", default_value = "unmap")]
+    pub discard: Discard,
     /// Request queues offered, 1 to 64.
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub num_queues: u32,
@@ -105,6 +109,15 @@ pub enum Cache {
     Writeback,
     /// Writes are durable when they complete.
     Writethrough,
+}
+
+/// `--discard`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Discard {
+    /// The file is punched.
+    Unmap,
+    /// The file keeps its blocks.
+    Ignore,
 }
 
 /// `--log-level`.

@@ -63,10 +63,11 @@ pub struct Ownership {
 }
 
 impl Ownership {
-    /// Tries what a daemon would: takes the lease and empties the page cache, and gives the lease
-    /// back.
+    /// Tries what a daemon would, with `--read-only` or without: takes the lease and empties the
+    /// page cache, and gives the lease back. `image` is open for reading only in both cases, so
+    /// that looking changes nothing.
     #[must_use]
-    pub fn try_out(image: &Image) -> Self {
+    pub fn try_out(image: &Image, read_only: bool) -> Self {
         let said = |direct, lease, reason: &str| Self { direct, lease, reason: reason.to_owned() };
         if let Some(reason) = image.not_eligible() {
             return said(false, "none", &reason.to_string());
@@ -74,6 +75,9 @@ impl Ownership {
         match image.start() {
             Start::Identity => said(true, "none", "a block device of our own"),
             Start::Filesystem => said(false, "none", "filesystem mode was asked for"),
+            Start::Eligible if !read_only && in_use(image) => {
+                said(false, "refused", refusal(Refusal::Busy))
+            }
             Start::Eligible => {
                 let done = image.run(&Job::Enter);
                 image.drop_lease();
@@ -82,11 +86,18 @@ impl Ownership {
                         said(false, "refused", refusal(Refusal::Busy))
                     }
                     JobDone::Enter(Err(other)) => said(false, "granted", refusal(other)),
+                    _ if read_only => said(true, "granted", "nobody has the file open for writing"),
                     _ => said(true, "granted", "nobody else has the file open"),
                 }
             }
         }
     }
+}
+
+/// Whether somebody else has the file open, if only for reading. Other errors come again when the
+/// lease is taken.
+fn in_use(image: &Image) -> bool {
+    image.try_write_lease().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
 }
 
 /// Why direct mode could not be entered, and what helps.
@@ -105,6 +116,7 @@ pub const fn refusal(refusal: Refusal) -> &'static str {
         Refusal::Mismatch => {
             "raw reads differ from reads through the file; check the device below the filesystem"
         }
+        Refusal::Unsynced(_) => "the disk failed to take what was written; see the kernel log",
         Refusal::Failed(_) => "the lease or the page cache could not be had; see the log",
     }
 }

@@ -34,7 +34,13 @@ pub struct Arguments {
 enum Action {
     /// Say whether an image can be served direct, and if not, why and what helps. Exit status: 0
     /// direct, 1 filesystem, 2 failure.
-    Check(Source),
+    Check {
+        #[command(flatten)]
+        source: Source,
+        /// Check for a disk served with --read-only, which shares the image with other readers.
+        #[arg(long, conflicts_with = "control")]
+        read_only: bool,
+    },
     /// Show where an image's bytes lie on the disk: all extents, totals and a picture.
     Map(Source),
     /// Show the state of a running extentd.
@@ -98,7 +104,7 @@ impl Arguments {
     /// One line.
     pub fn run(self) -> Result<bool, CommandError> {
         match self.action {
-            Action::Check(source) => source.check(),
+            Action::Check { source, read_only } => source.check(read_only),
             Action::Map(source) => source.map(),
             Action::Status { control, json } => {
                 let status: Status = typed(Client::connect(&control)?.ask(Command::Status)?)?;
@@ -110,12 +116,12 @@ impl Arguments {
 }
 
 impl Source {
-    fn check(&self) -> Result<bool, CommandError> {
+    fn check(&self, read_only: bool) -> Result<bool, CommandError> {
         let check: Check = match (&self.control, &self.image) {
             (Some(control), _) => typed(Client::connect(control)?.ask(Command::Check)?)?,
             (None, path) => {
                 let image = open(path.as_deref().unwrap_or(Path::new("")))?;
-                check::look(&image, &Ownership::try_out(&image))
+                check::look(&image, &Ownership::try_out(&image, read_only))
             }
         };
         show(self.json, &check, || table::check(&check))?;
@@ -186,6 +192,7 @@ fn open(path: &Path) -> Result<Image, CommandError> {
         size_limit: None,
         format_raw: true,
         block_size: 512,
+        unmap: false,
     };
     Image::open_within(&options, LOCK_WAIT).map_err(|source| match source {
         OpenError::Locked { .. } => CommandError::Locked { source },

@@ -195,6 +195,8 @@ mod tests {
             bounce_bytes: 4096,
             bounce_slots: 1,
             ops: 1,
+            zeroes_bytes: 4 << 20,
+            punch_bytes: 256 << 20,
             lease_fresh: None,
         }
     }

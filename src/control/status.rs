@@ -128,8 +128,7 @@ impl Requests {
             write: counters.write.get(),
             flush: counters.flush.get(),
             discard: counters.discard.get(),
-            // Not offered to the guest, so nobody can have asked.
-            write_zeroes: 0,
+            write_zeroes: counters.write_zeroes.get(),
             errors: counters.errors.get(),
         }
     }

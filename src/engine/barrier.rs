@@ -125,6 +125,12 @@ impl GroupCommit {
         self.start(workers)
     }
 
+    /// Something that was written is lost, and no sync will say so any more: flushes fail from now
+    /// on, those that are under way too (R16).
+    pub fn lost(&mut self, errno: i32) {
+        self.failed = self.failed.or(Some(errno));
+    }
+
     /// Starts the next group if none is running and one is asked for.
     pub fn start(&mut self, workers: &BTreeSet<WorkerId>) -> Option<Step> {
         if !matches!(self.stage, Stage::Idle) || self.queued.is_empty() {
@@ -192,6 +198,7 @@ impl GroupCommit {
 
     fn finish(&mut self, result: i32) -> Step {
         self.stage = Stage::Idle;
+        let result = self.failed.unwrap_or(result);
         Step::Answer(std::mem::take(&mut self.running), result)
     }
 

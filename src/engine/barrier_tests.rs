@@ -151,3 +151,18 @@ fn a_failed_flush_fails_those_that_wait_and_those_that_come_until_reset() {
     // The dirt is still there to be flushed.
     assert_eq!(commit.reached(WorkerId(0), PointId(2)), Some(Step::Sync(WorkerId(0), dirt)));
 }
+
+#[test]
+fn a_loss_that_no_flush_was_told_of_fails_the_one_under_way_and_those_to_come() {
+    let workers: BTreeSet<WorkerId> = [WorkerId(0)].into();
+    let mut commit = GroupCommit::new(Dirt { metadata: true, device: None });
+    let Some(Step::Point(id, _)) = commit.ask((WorkerId(0), Tag(1)), &workers) else { panic!() };
+    assert!(matches!(commit.reached(WorkerId(0), id), Some(Step::Sync(..))));
+    commit.lost(5);
+    // The kernel has told the error already, so the sync itself succeeds.
+    assert_eq!(commit.synced(0), Some(Step::Answer(vec![(WorkerId(0), Tag(1))], 5)));
+    let later = commit.ask((WorkerId(0), Tag(2)), &workers);
+    assert_eq!(later, Some(Step::Answer(vec![(WorkerId(0), Tag(2))], 5)));
+    commit.reset();
+    assert_eq!(commit.failed(), None);
+}

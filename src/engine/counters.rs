@@ -32,6 +32,8 @@ pub struct Counters {
     pub flush: Counter,
     /// Discard requests taken.
     pub discard: Counter,
+    /// Write-zeroes requests taken.
+    pub write_zeroes: Counter,
     /// Requests that ended in an error status.
     pub errors: Counter,
     /// Segments moved raw.

@@ -102,6 +102,9 @@ pub enum Op {
     Read(Target, Buf),
     /// Write `buf.len()` bytes.
     Write(Target, Buf),
+    /// Make this many bytes read as zeros and keep their blocks (R17); whole blocks only. 0 when done;
+    /// EOPNOTSUPP if zeros have to be written instead.
+    Zeroes(Target, u32),
     /// `fdatasync` of the image (R14).
     SyncImage,
     /// A device cache flush, restricted to a range inside the image (R14).

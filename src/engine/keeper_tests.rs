@@ -47,6 +47,8 @@ impl Small {
             bounce_bytes: 8192,
             bounce_slots: 2,
             ops: 4,
+            zeroes_bytes: 4 << 20,
+            punch_bytes: 256 << 20,
             lease_fresh: Some(Duration::from_secs(10)),
         };
         let mut config = KeeperConfig {

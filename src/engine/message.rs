@@ -143,6 +143,9 @@ pub enum Refusal {
     Changed,
     /// Raw and file reads differ (R6): never again in this process.
     Mismatch,
+    /// `fsync` said this errno: something written to the file is lost, and no later sync of the
+    /// file will say so again (R16).
+    Unsynced(i32),
     /// An errno.
     Failed(i32),
 }
@@ -229,6 +232,8 @@ pub enum Why {
     LeaseLost,
     /// The file's size changed behind us (R5a).
     SizeChanged,
+    /// The file lost blocks behind us (R5a).
+    BlocksLost,
     /// R6's comparison failed.
     Mismatch,
     /// The image or its surroundings are no longer fit for direct mode; the log says what changed.

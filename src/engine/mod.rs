@@ -58,6 +58,11 @@ pub struct Geometry {
     pub bounce_slots: u32,
     /// Operations a worker may have in flight (any number above 0).
     pub ops: u32,
+    /// Most bytes zeroed at a time, between two looks at the park orders (R17); a multiple of
+    /// `fs_block`.
+    pub zeroes_bytes: u64,
+    /// Most bytes punched at a time; a multiple of `fs_block`.
+    pub punch_bytes: u64,
     /// How long a confirmed lease counts before it is asked for again (R2a: a quarter of the
     /// lease-break time); `None` for a block device, which has no lease.
     pub lease_fresh: Option<Duration>,

@@ -6,12 +6,20 @@ use std::task::Poll;
 
 use super::io::{BounceSlot, Buf, Io, Op, OpId, Tag, Target};
 use super::message::ToKeeper;
-use super::plan::{Piece, Route};
+use super::plan::{Access, Piece, Route};
 use super::units::{DeviceOffset, FileRange};
 use super::worker::Worker;
 
+/// The filesystem cannot do that; the core knows no libc.
+pub(super) const EOPNOTSUPP: i32 = 95;
+
 /// How often an operation is tried again that the kernel says to try again.
 const RETRIES: u8 = 64;
+
+/// Most bytes of raw I/O that a worker has in flight. A lease break waits for them, and the guest
+/// chooses how large requests are: a slow disk has to be done with them long before the break is
+/// forced (R2, R21).
+pub(super) const RAW_BYTES: u64 = 64 << 20;
 
 /// An operation in flight and what it belongs to.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +36,8 @@ pub(super) struct PieceOp {
     tag: Tag,
     piece: Piece,
     write: bool,
+    /// It writes zeros: no guest's bytes.
+    zeroes: bool,
     /// Where the guest's bytes of the piece begin in its request's data.
     at: u64,
     bounce: Option<BounceSlot>,
@@ -39,12 +49,13 @@ pub(super) struct PieceOp {
 }
 
 impl Running {
-    pub(super) const fn new(tag: Tag, piece: Piece, write: bool, base: u64) -> Self {
-        let at = piece.range.start - base;
+    pub(super) const fn new(tag: Tag, piece: Piece, access: Access) -> Self {
+        let at = piece.range.start - access.base;
         Self::Piece(PieceOp {
             tag,
             piece,
-            write,
+            write: access.write,
+            zeroes: access.zeroes,
             at,
             bounce: None,
             read_first: false,
@@ -90,6 +101,10 @@ impl PieceOp {
         }
     }
 
+    fn raw_bytes(&self) -> u64 {
+        self.device().map_or(0, |_| self.piece.unit.len())
+    }
+
     const fn device(&self) -> Option<DeviceOffset> {
         match self.piece.route {
             Route::Device(at) => Some(at),
@@ -97,8 +112,16 @@ impl PieceOp {
         }
     }
 
+    /// Zeros that need no memory.
+    const fn by_reference(&self) -> bool {
+        self.zeroes && self.bounce.is_none()
+    }
+
     /// What is left of the current half.
     fn op(&self) -> Op {
+        if self.by_reference() {
+            return Op::Zeroes(self.target(), length(self.piece.unit));
+        }
         let buf = match self.bounce {
             Some(slot) => Buf::Bounce { slot, at: 0, len: length(self.piece.unit) },
             None => self.guest(),
@@ -166,6 +189,9 @@ impl Worker {
     /// Starts an operation; the caller has seen that there is room and a bounce buffer.
     pub(super) fn launch(&mut self, io: &mut impl Io, mut running: Running) {
         let Some(id) = self.ops.free.pop() else { return };
+        if let Running::Piece(op) = &running {
+            self.raw_bytes += op.raw_bytes();
+        }
         if let Running::Piece(op) = &mut running
             && op.piece.bounce
         {
@@ -231,6 +257,11 @@ impl Worker {
         }
         let left = length(op.piece.unit) - op.done;
         match u32::try_from(result) {
+            Ok(_) if op.by_reference() => return self.half_done(io, id, op),
+            Err(_) if op.by_reference() && result == -EOPNOTSUPP => {
+                self.give_back(id, &op);
+                return self.bounce_zeroes(io, op.tag, op.piece.range);
+            }
             Ok(bytes) if bytes == left => return self.half_done(io, id, op),
             Ok(bytes) if bytes > 0 && bytes < left => op.done += bytes,
             Err(_) if again(result) && op.retries < RETRIES => op.retries += 1,
@@ -270,6 +301,7 @@ impl Worker {
     fn give_back(&mut self, id: OpId, op: &PieceOp) {
         self.ops.free.push(id);
         self.bounce.extend(op.bounce);
+        self.raw_bytes -= op.raw_bytes();
     }
 }
 
@@ -279,10 +311,13 @@ pub(super) fn zero(io: &mut impl Io, tag: Tag, range: FileRange, base: u64) {
     let _ = io.submit(OpId(u32::MAX), Op::Zero(buf));
 }
 
-/// Puts the guest's bytes into the bounce buffer.
+/// Puts the guest's bytes, or zeros, into the bounce buffer.
 fn fill(io: &mut impl Io, op: &PieceOp) {
     if let Some(slot) = op.bounce {
-        let _ = io.submit(OpId(u32::MAX), Op::Copy { from: op.guest(), to: op.window(slot) });
+        let window = op.window(slot);
+        let fill =
+            if op.zeroes { Op::Zero(window) } else { Op::Copy { from: op.guest(), to: window } };
+        let _ = io.submit(OpId(u32::MAX), fill);
     }
 }
 

@@ -57,12 +57,22 @@ impl Piece {
 pub struct Access {
     /// A write.
     pub write: bool,
+    /// What it writes is zeros, from no guest memory.
+    pub zeroes: bool,
     /// The keeper has locked its range for it.
     pub locked: bool,
-    /// Its guest memory is fit for O_DIRECT.
+    /// Its guest memory is fit for O_DIRECT; for zeros, which have none: they may be written by
+    /// reference ([`Op::Zeroes`](super::Op::Zeroes)).
     pub mem_aligned: bool,
     /// Where it begins in the file: guest memory is counted from there.
     pub base: u64,
+}
+
+impl Access {
+    /// Zeros are to be written where zeros are read anyway.
+    const fn is_there(&self, state: State) -> bool {
+        self.zeroes && matches!(state, State::Hole | State::Unwritten)
+    }
 }
 
 /// What `rest`, the part of a request still to be planned, needs first.
@@ -82,7 +92,7 @@ pub fn need(view: &View, g: &Geometry, access: Access, rest: FileRange, hint: &m
     let mut at = rest.start;
     while at < rest.end {
         let Some(extent) = view.map.lookup(at, hint) else { return Need::Map };
-        lock |= access.write && extent.state != State::Mapped;
+        lock |= access.write && !(extent.state == State::Mapped || access.is_there(extent.state));
         at = extent.range.end;
     }
     if lock { Need::Lock } else { Need::Nothing }
@@ -116,12 +126,16 @@ pub fn next_piece(
             let route = if inside { Route::Device(extent.place(unit.start)) } else { Route::File };
             cut(g, access, run, unit, route)
         }
-        (State::Hole | State::Unwritten, false) => {
+        (state @ (State::Hole | State::Unwritten), write) if !write || access.is_there(state) => {
             Piece { range: run, unit: run, route: Route::Zero, bounce: false }
         }
         (_, write) => {
-            let block = if write { g.fs_block } else { g.file_align };
-            let unit = unit_of(run, u64::from(block), g.file_size);
+            let block = u64::from(if write { g.fs_block } else { g.file_align });
+            let mut unit = unit_of(run, block, g.file_size);
+            if access.zeroes && unit.len() > block {
+                // The end of a file inside a block is written on its own.
+                unit.end &= !(block - 1);
+            }
             cut(g, access, run, unit, Route::File)
         }
     }
@@ -160,7 +174,12 @@ fn cut(g: &Geometry, access: Access, run: FileRange, unit: FileRange, route: Rou
     }
     // A piece behind an odd head begins at an odd place of memory whose own beginning is even.
     let at = range.start.saturating_sub(access.base);
-    if access.mem_aligned && (at | range.len()).is_multiple_of(u64::from(g.mem_align)) {
+    let fits = if access.zeroes {
+        matches!(route, Route::Device(_)) || unit.aligned(u64::from(g.fs_block))
+    } else {
+        (at | range.len()).is_multiple_of(u64::from(g.mem_align))
+    };
+    if access.mem_aligned && fits {
         return Piece { range, unit, route, bounce: false };
     }
     let end = range.end.min(range.start + u64::from(g.bounce_bytes));

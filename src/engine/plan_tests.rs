@@ -19,6 +19,8 @@ fn geometry(fs_block: u32, dev_block: u32, file_size: u64) -> Geometry {
         bounce_bytes: 8192,
         bounce_slots: 2,
         ops: 8,
+        zeroes_bytes: 4 << 20,
+        punch_bytes: 256 << 20,
         lease_fresh: None,
     }
 }
@@ -66,7 +68,7 @@ proptest! {
         let all = FileRange::new(start * 512, (start * 512 + sectors * 512).min(size));
         prop_assume!(!all.is_empty());
         let mut hint = Hint::default();
-        let access = Access { write, locked: true, mem_aligned, base: 0 };
+        let access = Access { write, zeroes: false, locked: true, mem_aligned, base: 0 };
         let mut rest = all;
         while !rest.is_empty() {
             let piece = next_piece(&view, &g, access, rest, &mut hint);
@@ -118,7 +120,7 @@ proptest! {
         let mode = if direct { Mode::Direct } else { Mode::Filesystem };
         let view = view(mode, 4096, &states);
         let all = FileRange::new(start * 512, (start * 512 + sectors * 512).min(BLOCKS * 4096));
-        let access = Access { write: true, locked: false, mem_aligned: true, base: 0 };
+        let access = Access { write: true, zeroes: false, locked: false, mem_aligned: true, base: 0 };
         let free = if direct {
             let blocks = all.start / 4096..all.end.div_ceil(4096);
             blocks.into_iter().all(|b| states[b as usize] == State::Mapped)
@@ -135,7 +137,7 @@ fn what_is_not_cached_is_asked_for_before_a_lock_is() {
     let g = geometry(4096, 512, 1 << 20);
     let mut view = view(Mode::Direct, 4096, &[State::Hole; 4]);
     view.map.remove(FileRange::new(8192, 12288));
-    let access = Access { write: true, locked: false, mem_aligned: true, base: 0 };
+    let access = Access { write: true, zeroes: false, locked: false, mem_aligned: true, base: 0 };
     let mut hint = Hint::default();
     let mut ask = |start, end| need(&view, &g, access, FileRange::new(start, end), &mut hint);
     assert_eq!(ask(0, 16384), Need::Map);

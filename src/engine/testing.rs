@@ -40,6 +40,9 @@ pub(super) struct World {
     pub(super) results: VecDeque<i32>,
     /// Operations on this are not finished for now.
     pub(super) slow: Option<Target>,
+    /// Zeroing by reference works; so does punching.
+    pub(super) zeroes: bool,
+    pub(super) punches: bool,
     /// Pages of the file stay in the cache: FIEMAP's answers say opaque (R10a).
     pub(super) cached: bool,
 }
@@ -116,6 +119,16 @@ impl World {
                     self.device[place] = byte;
                 }
             }
+            Op::Zeroes(..) if !self.zeroes => return -95,
+            Op::Zeroes(Target::Device(at), len) => {
+                self.device[at.0 as usize..][..len as usize].fill(0);
+            }
+            Op::Zeroes(Target::Image(at), len) => {
+                assert!(at % BLOCK == 0 && u64::from(len) % BLOCK == 0, "whole blocks: {op:?}");
+                for block in at / BLOCK..(at + u64::from(len)) / BLOCK {
+                    self.states[block as usize] = State::Unwritten;
+                }
+            }
             Op::SyncImage | Op::SyncDevice(..) => return 0,
             Op::Zero(_) | Op::Copy { .. } | Op::ConfirmLease => unreachable!(),
         }
@@ -190,6 +203,8 @@ impl Rig {
             bounce_bytes: 8192,
             bounce_slots: 2,
             ops: 4,
+            zeroes_bytes: 4 << 20,
+            punch_bytes: 256 << 20,
             lease_fresh: Some(Duration::from_secs(10)),
         };
         let config = KeeperConfig {
@@ -217,6 +232,8 @@ impl Rig {
                 clock: Duration::ZERO,
                 results: VecDeque::new(),
                 slow: None,
+                zeroes: true,
+                punches: true,
                 cached: false,
             },
             worker: Worker::new(geometry, Rules::default(), shared.clone(), counters, 32),
@@ -256,6 +273,7 @@ impl Rig {
                 JobDone::Enter(Ok(()))
             }
             Job::Confirm => JobDone::Confirm(Ok(())),
+            Job::Punch { .. } if !self.world.punches => JobDone::Punch(Err(95)),
             Job::Punch { range } => {
                 for i in range.start / BLOCK..range.end / BLOCK {
                     self.world.states[i as usize] = State::Hole;

@@ -40,6 +40,8 @@ pub struct Worker {
     in_flight: u32,
     pub(super) ops: OpTable,
     pub(super) bounce: Vec<BounceSlot>,
+    /// Of raw I/O in flight.
+    pub(super) raw_bytes: u64,
     parks: Vec<ParkOrder>,
     parked: VecDeque<Tag>,
     stalled: VecDeque<Tag>,
@@ -82,6 +84,7 @@ impl Worker {
             in_flight: 0,
             ops: OpTable::new(geometry.ops),
             bounce: (0..geometry.bounce_slots).rev().map(BounceSlot).collect(),
+            raw_bytes: 0,
             parks: Vec::new(),
             parked: VecDeque::new(),
             stalled: VecDeque::new(),
@@ -102,6 +105,11 @@ impl Worker {
     /// Takes a request on. A tag that is out of range or taken is a bug of the caller; the
     /// request is answered with an error then.
     pub fn accept(&mut self, io: &mut impl Io, tag: Tag, request: Request) {
+        self.accept_all(io, tag, request, &[]);
+    }
+
+    /// Takes a request of several ranges on: `request`, and the same for each of `more`.
+    pub fn accept_all(&mut self, io: &mut impl Io, tag: Tag, request: Request, more: &[Kind]) {
         let Some(slot @ None) = self.requests.get_mut(tag.0 as usize) else {
             debug_assert!(false, "{tag:?} is not free");
             self.done.push_back((tag, Status::IoError));
@@ -112,12 +120,14 @@ impl Worker {
             Kind::Write(_) => self.counters.write.add(1),
             Kind::Flush => self.counters.flush.add(1),
             Kind::Discard(_) => self.counters.discard.add(1),
+            Kind::WriteZeroes { .. } => self.counters.write_zeroes.add(1),
         }
         *slot = Some(Pending {
             request,
             phase: Phase::Running,
             next: request.kind.range().start,
             redo: Vec::new(),
+            later: more.iter().rev().copied().collect(),
             pieces: 0,
             status: Status::Ok,
             locked: false,
@@ -125,11 +135,8 @@ impl Worker {
             generation: request.kind.modifies().then(|| self.generations.begin()),
         });
         self.in_flight += 1;
-        match request.kind {
-            Kind::Flush => self.ask(tag, ToKeeper::Flush(tag)),
-            Kind::Discard(range) => self.ask(tag, ToKeeper::Discard(tag, range)),
-            Kind::Read(_) | Kind::Write(_) => self.advance(io, tag),
-        }
+        self.begin(tag);
+        self.advance(io, tag);
         self.pump(io);
     }
 
@@ -144,7 +151,8 @@ impl Worker {
             ToWorker::Locked(tag) => self.resume(io, tag, |p| p.locked = true),
             ToWorker::Settled(tag) => self.resume(io, tag, |p| p.locked = false),
             ToWorker::Discarded(tag, errno) => {
-                self.resume(io, tag, |p| if errno == 0 { p.next = u64::MAX } else { p.fail() });
+                let block = u64::from(self.geometry.fs_block);
+                self.resume(io, tag, |p| p.punched(errno, block));
             }
             ToWorker::Flushed(tag, errno) => self.flushed(tag, errno),
             ToWorker::Park(id, range, drain) => {
@@ -265,14 +273,14 @@ impl Worker {
             if pending.phase != Phase::Running {
                 return;
             }
-            let Some(rest) = pending.rest() else { break };
-            let range = rest.round_out(u64::from(self.geometry.fs_block));
-            let access = Access {
-                write: matches!(pending.request.kind, Kind::Write(_)),
-                locked: pending.locked,
-                mem_aligned: pending.request.mem_aligned,
-                base: pending.request.kind.range().start,
+            let Some(rest) = pending.rest() else {
+                if self.finish(tag) {
+                    continue;
+                }
+                return;
             };
+            let range = rest.round_out(u64::from(self.geometry.fs_block));
+            let access = pending.access();
             if !self.begun || self.lease_lost || self.parks.iter().any(|p| p.range.overlaps(&range))
             {
                 pending.phase = Phase::Parked;
@@ -294,14 +302,16 @@ impl Worker {
                 return;
             }
         }
-        self.finish(tag);
     }
 
     /// Starts the next piece; `false` if the request has to wait.
     fn start_piece(&mut self, io: &mut impl Io, tag: Tag, access: Access, rest: FileRange) -> bool {
         let piece = plan::next_piece(&self.view, &self.geometry, access, rest, &mut self.hint);
-        let stalled = !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
         let raw = matches!(piece.route, Route::Device(_));
+        let crowded = raw
+            && self.raw_bytes > 0
+            && self.raw_bytes.saturating_add(piece.unit.len()) > ops::RAW_BYTES;
+        let stalled = crowded || !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
         // Zeros too: nobody may have filled the hole since the map was read (R2a).
         let mapped = piece.route != Route::File;
         let parked = !stalled && mapped && !self.lease_ours(io);
@@ -319,13 +329,14 @@ impl Worker {
         pending.advance(piece.range);
         if piece.route == Route::Zero {
             self.counters.zero.add(1);
-            ops::zero(io, tag, piece.range, pending.request.kind.range().start);
+            if !access.write {
+                ops::zero(io, tag, piece.range, access.base);
+            }
             return true;
         }
         pending.pieces += 1;
         pending.wrote_file |= access.write && piece.route == Route::File;
-        let base = pending.request.kind.range().start;
-        let running = Running::new(tag, piece, access.write, base);
+        let running = Running::new(tag, piece, access);
         if raw {
             self.counters.direct.add(1)
         } else {
@@ -351,6 +362,14 @@ impl Worker {
             // answer, if that was it, still comes and finishes the request.
             Phase::Parked | Phase::Stalled | Phase::Keeper => {}
         }
+    }
+
+    /// Zeros have to be written after all.
+    pub(super) fn bounce_zeroes(&mut self, io: &mut impl Io, tag: Tag, range: FileRange) {
+        if let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) {
+            pending.request.mem_aligned = false;
+        }
+        self.piece_again(io, tag, range);
     }
 
     /// A piece could not be carried to its end under the lease it was planned with.

@@ -162,3 +162,192 @@ fn settling_a_mixed_write_does_not_take_mapped_blocks_from_under_raw_writes() {
     let read = rig.read(range(0, 1));
     assert_eq!((read[0], read[512], read[1024], read[1536]), (1, 2, 3, 2));
 }
+
+fn zeroes(range: FileRange, unmap: bool) -> Kind {
+    Kind::WriteZeroes { range, unmap }
+}
+
+fn log_of(rig: &Rig, wanted: fn(&Op) -> bool) -> usize {
+    rig.world.log.iter().filter(|op| wanted(op)).count()
+}
+
+#[test]
+fn zeroing_keeps_mapped_blocks_and_leaves_holes_alone() {
+    let mut states = MAPPED;
+    states[3] = State::Hole;
+    states[4] = State::Unwritten;
+    let mut rig = Rig::new(states, Start::Eligible);
+    rig.write(range(0, 3), 7);
+    rig.write(range(5, 2), 7);
+    rig.world.log.clear();
+    let tag = rig.start(zeroes(FileRange::new(512, 6 * BLOCK), false), Vec::new());
+    assert_eq!(rig.done[&tag], Status::Ok);
+    assert_eq!(rig.world.states, states, "nothing is allocated, nothing given back");
+    assert!(rig.world.log.iter().all(|op| matches!(op, Op::Zeroes(Target::Device(_), _))));
+    assert_eq!(rig.raw_ops(), 0, "no data is moved");
+    let read = rig.read(range(0, 7));
+    assert!(read[..512].iter().chain(&read[6 * 4096..]).all(|&byte| byte == 7));
+    assert!(read[512..6 * 4096].iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn zeroing_with_unmap_punches_the_whole_blocks_and_writes_the_edges() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.write(range(0, 8), 7);
+    let odd = FileRange::new(BLOCK + 512, 6 * BLOCK + 1024);
+    let tag = rig.start(zeroes(odd, true), Vec::new());
+    assert_eq!(rig.done[&tag], Status::Ok);
+    let mut expected = MAPPED;
+    expected[2..6].fill(State::Hole);
+    assert_eq!(rig.world.states, expected);
+    let read = rig.read(range(0, 8));
+    for (at, byte) in read.iter().enumerate() {
+        assert_eq!(
+            *byte,
+            if odd.contains(&FileRange::new(at as u64, at as u64 + 1)) { 0 } else { 7 }
+        );
+    }
+    rig.write(range(3, 1), 9);
+    assert_eq!(rig.read(range(3, 1)), vec![9; BLOCK as usize], "a punched block is filled again");
+}
+
+#[test]
+fn where_zeroing_and_punching_cannot_be_had_zeros_are_written() {
+    for (start, unmap) in
+        [(Start::Eligible, false), (Start::Eligible, true), (Start::Filesystem, true)]
+    {
+        let mut rig = Rig::new(MAPPED, start);
+        rig.write(range(0, 8), 7);
+        (rig.world.zeroes, rig.world.punches) = (false, false);
+        let tag = rig.start(zeroes(FileRange::new(512, 8 * BLOCK - 512), unmap), Vec::new());
+        assert_eq!(rig.done[&tag], Status::Ok);
+        assert_eq!(rig.world.states, MAPPED);
+        let read = rig.read(range(0, 8));
+        assert_eq!(
+            (read[511], read[512], read[8 * 4096 - 513], read[8 * 4096 - 512]),
+            (7, 0, 0, 7)
+        );
+        assert!(read[512..8 * 4096 - 512].iter().all(|&byte| byte == 0));
+        let discard = rig.start(Kind::Discard(range(0, 2)), Vec::new());
+        assert_eq!(rig.done[&discard], Status::Ok, "DISCARD is advice");
+    }
+}
+
+#[test]
+fn through_the_filesystem_whole_blocks_are_zeroed_by_reference() {
+    let mut rig = Rig::new(MAPPED, Start::Filesystem);
+    rig.write(range(0, 4), 7);
+    rig.world.log.clear();
+    let tag = rig.start(zeroes(range(1, 2), false), Vec::new());
+    assert_eq!(rig.done[&tag], Status::Ok);
+    assert_eq!(rig.world.log, [Op::Zeroes(Target::Image(BLOCK), 2 * BLOCK as u32)]);
+    let read = rig.read(range(0, 4));
+    assert_eq!((read[0], read[4096], read[3 * 4096 - 1], read[3 * 4096]), (7, 0, 0, 7));
+}
+
+#[test]
+fn all_ranges_of_a_request_are_done_before_its_one_answer_and_a_flush_waits_for_all() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.write(range(0, 9), 7);
+    rig.world.hold = true;
+    let tag = Tag(31);
+    let first = zeroes(range(0, 1), false);
+    let more = [zeroes(range(3, 1), true), zeroes(range(6, 1), false)];
+    let request = Request { kind: first, mem_aligned: true };
+    rig.worker.accept_all(&mut rig.world, tag, request, &more);
+    rig.run();
+    let flush = rig.start(Kind::Flush, Vec::new());
+    assert!(!rig.done.contains_key(&tag) && !rig.done.contains_key(&flush));
+    assert_eq!(log_of(&rig, |op| matches!(op, Op::SyncImage | Op::SyncDevice(..))), 0);
+    rig.world.hold = false;
+    rig.run();
+    assert_eq!((rig.done[&tag], rig.done[&flush]), (Status::Ok, Status::Ok));
+    let last = rig.world.log.iter().rposition(|op| matches!(op, Op::Zeroes(..)));
+    let sync = rig.world.log.iter().position(|op| matches!(op, Op::SyncImage | Op::SyncDevice(..)));
+    assert!(last < sync, "{:?}", rig.world.log);
+    let read = rig.read(range(0, 9));
+    let zero: Vec<usize> = (0..9).filter(|i| read[i * 4096] == 0).collect();
+    assert_eq!(zero, [0, 3, 6]);
+    assert_eq!(rig.world.states[3], State::Hole);
+}
+
+#[test]
+fn a_range_that_fails_ends_the_request_and_the_later_ones_are_left_alone() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.write(range(0, 4), 7);
+    rig.world.results.push_back(-5);
+    let request = Request { kind: zeroes(range(0, 1), false), mem_aligned: true };
+    rig.worker.accept_all(&mut rig.world, Tag(31), request, &[zeroes(range(2, 1), false)]);
+    rig.run();
+    assert_eq!(rig.done[&Tag(31)], Status::IoError);
+    assert_eq!(rig.read(range(2, 1)), vec![7; BLOCK as usize]);
+}
+
+/// Takes operations and ends none by itself.
+#[derive(Default)]
+struct Sink(std::collections::VecDeque<(crate::engine::OpId, Op)>, bool);
+
+impl Io for Sink {
+    fn submit(&mut self, id: crate::engine::OpId, op: Op) -> std::task::Poll<i32> {
+        if op == Op::ConfirmLease {
+            return std::task::Poll::Ready(1);
+        }
+        self.0.push_back((id, op));
+        std::task::Poll::Pending
+    }
+
+    fn reap(&mut self) -> Option<crate::engine::Completion> {
+        if !std::mem::take(&mut self.1) {
+            return None;
+        }
+        let (id, op) = self.0.pop_front()?;
+        let Op::Write(_, buf) = op else { panic!("{op:?}") };
+        Some(crate::engine::Completion { id, result: buf.len() as i32 })
+    }
+
+    fn now(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+#[test]
+fn a_guest_cannot_make_a_break_wait_for_more_than_a_few_seconds_of_raw_io() {
+    const EACH: u64 = 10 << 20;
+    let range = FileRange::new(0, 100 * EACH);
+    let geometry = Geometry {
+        file_size: range.end,
+        fs_block: 4096,
+        file_align: 512,
+        dev_block: 512,
+        mem_align: 512,
+        bounce_bytes: 8192,
+        bounce_slots: 2,
+        ops: 128,
+        zeroes_bytes: 4 << 20,
+        punch_bytes: 256 << 20,
+        lease_fresh: Some(Duration::from_secs(10)),
+    };
+    let shared = Arc::new(Shared::new());
+    let mut map = crate::engine::extent::ExtentMap::new();
+    let device = DeviceOffset(1 << 20);
+    map.replace(range, &[crate::engine::extent::Extent { range, device, state: State::Mapped }]);
+    shared.publish(View { mode: crate::engine::shared::Mode::Direct, map });
+    let mut worker = Worker::new(geometry, Rules::default(), shared, Arc::default(), 100);
+    let mut sink = Sink::default();
+    worker.message(&mut sink, ToWorker::Begin);
+    for tag in 0..100 {
+        let range = FileRange::new(u64::from(tag) * EACH, u64::from(tag + 1) * EACH);
+        worker.accept(&mut sink, Tag(tag), Request { kind: Kind::Write(range), mem_aligned: true });
+    }
+    let mut done = 0;
+    while !sink.0.is_empty() {
+        assert!(sink.0.len() as u64 * EACH <= 64 << 20, "{} in flight", sink.0.len());
+        sink.1 = true;
+        worker.reap(&mut sink);
+        while let Some((_, status)) = worker.poll_done() {
+            assert_eq!(status, Status::Ok);
+            done += 1;
+        }
+    }
+    assert_eq!(done, 100);
+}

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -114,7 +114,7 @@ pub enum NotEligible {
 pub(super) struct Subject<'a> {
     /// The one description of it.
     pub(super) fd: BorrowedFd<'a>,
-    /// Its path, absolute and without symbolic links.
+    /// Its path when it was opened, absolute and without symbolic links.
     pub(super) path: &'a Path,
     /// `st_dev`.
     pub(super) dev: u64,
@@ -157,7 +157,10 @@ pub(super) fn check(subject: &Subject<'_>) -> Result<(), NotEligible> {
         return Err(NotEligible::NoDirectIo);
     }
     swap(subject)?;
-    let place = Place::new(subject.path, mount).ok_or_else(unseen)?;
+    // It may have been moved since it was opened.
+    let link = format!("/proc/self/fd/{}", subject.fd.as_raw_fd());
+    let path = fs::read_link(link).unwrap_or_else(|_| subject.path.to_owned());
+    let place = Place::new(&path, mount).ok_or_else(unseen)?;
     overlays(&place, &mounts)?;
     exports(&place, &mounts)
 }

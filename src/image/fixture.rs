@@ -155,6 +155,7 @@ pub(super) fn options(path: &Path) -> Options {
         size_limit: None,
         format_raw: false,
         block_size: 512,
+        unmap: true,
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
@@ -36,7 +37,9 @@ impl Image {
             Job::Confirm => JobDone::Confirm(self.settle()),
             Job::Punch { range } => {
                 let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                self.punches.fetch_add(1, Ordering::SeqCst);
                 let done = fallocate(&self.file, flags, range.start, range.len());
+                self.punches.fetch_add(1, Ordering::SeqCst);
                 JobDone::Punch(done.map_err(rustix::io::Errno::raw_os_error))
             }
         }
@@ -47,8 +50,7 @@ impl Image {
     /// cache again before it begins.
     pub fn drop_lease(&self) {
         let fd = self.file.as_fd();
-        let pages = page_cache::pages(fd, FileRange::ALL);
-        if pages.is_ok_and(|pages| pages.cached > 0 && pages.unwritten == Some(0)) {
+        if page_cache::has_clean_only(fd) {
             // What stays is seen when direct mode begins again.
             let _ = page_cache::drop_clean(fd, FileRange::ALL);
         }
@@ -95,13 +97,12 @@ impl Image {
         if self.cached(range)? == 0 {
             return Ok(());
         }
-        page_cache::write_back(fd, range)?;
+        self.write_back()?;
         page_cache::drop_clean(fd, range)?;
         if self.cached(range)? == 0 {
             return Ok(());
         }
         // A large folio that reaches out of the range is dropped only as a whole.
-        page_cache::write_back(fd, FileRange::new(0, self.geometry.file_size))?;
         page_cache::drop_clean(fd, FileRange::ALL)
     }
 
@@ -138,7 +139,7 @@ impl Image {
     /// Everything on disk, nothing in the page cache (R3).
     fn settle(&self) -> Result<(), Refusal> {
         let failed = |error: io::Error| Refusal::Failed(errno(&error));
-        fsync(&self.file).map_err(|error| failed(error.into()))?;
+        fsync(&self.file).map_err(|error| Refusal::Unsynced(error.raw_os_error()))?;
         for _ in 0..DROPS {
             page_cache::drop_clean(self.file.as_fd(), FileRange::ALL).map_err(failed)?;
             if self.cached(FileRange::ALL).map_err(failed)? == 0 {

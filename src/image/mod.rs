@@ -20,6 +20,8 @@ mod watch;
 #[cfg(test)]
 mod fixture;
 #[cfg(test)]
+mod frozen_tests;
+#[cfg(test)]
 mod jobs_tests;
 #[cfg(test)]
 mod lease_tests;
@@ -27,11 +29,13 @@ mod lease_tests;
 mod open_tests;
 #[cfg(test)]
 mod refused_tests;
+#[cfg(test)]
+mod residue_tests;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -88,6 +92,8 @@ pub struct Options {
     pub format_raw: bool,
     /// `--block-size`, in bytes: 512 or 4096.
     pub block_size: u32,
+    /// `--discard unmap`.
+    pub unmap: bool,
 }
 
 /// For VIRTIO_BLK_F_TOPOLOGY; bytes, as the guest sees the device from its first byte on.
@@ -131,6 +137,8 @@ pub struct Image {
     not_eligible: Option<NotEligible>,
     lease_break_time: Duration,
     proven: AtomicBool,
+    /// Grows by one when a punch begins and when it ends.
+    punches: AtomicU64,
     fiemap: Mutex<Fiemap>,
 }
 
@@ -277,6 +285,16 @@ impl Image {
         u64::try_from(fstat(&self.file)?.st_size).map_err(io::Error::other)
     }
 
+    /// What the filesystem has allocated to the file, in units of 512 bytes.
+    fn blocks_now(&self) -> io::Result<u64> {
+        u64::try_from(fstat(&self.file)?.st_blocks).map_err(io::Error::other)
+    }
+
+    /// Odd while a punch is under way.
+    fn punches(&self) -> u64 {
+        self.punches.load(Ordering::SeqCst)
+    }
+
     /// Whether the file has no name any more (R24).
     ///
     /// # Errors
@@ -302,6 +320,16 @@ impl Image {
     /// inotify's.
     pub fn watch(self: &Arc<Self>) -> io::Result<Watch> {
         Watch::new(Arc::clone(self))
+    }
+
+    /// Whether a writable image would get its lease (R1): for one opened read-only, whose own lease
+    /// lets other readers be.
+    ///
+    /// # Errors
+    /// As [`lease::take`]: EAGAIN if somebody else has the file open.
+    pub fn try_write_lease(&self) -> io::Result<()> {
+        lease::take(self.file.as_fd(), lease::Kind::Write, lease_signal())?;
+        lease::release(self.file.as_fd())
     }
 
     /// Takes the lease this image wants: readers share (R1).

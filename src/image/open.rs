@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, StatxFlags, fstatvfs, major, minor};
@@ -33,6 +33,10 @@ const PAGE: u32 = 4096;
 /// Bounce buffers: large enough for most requests in one piece, few enough to pin.
 const BOUNCE_BYTES: u32 = 64 << 10;
 const BOUNCE_SLOTS: u32 = 16;
+/// In a moment's work even on a slow disk, so that a lease break need not wait (R17).
+const ZEROES_BYTES: u64 = 4 << 20;
+/// Other requests on the range wait for the filesystem to give it back.
+const PUNCH_BYTES: u64 = 256 << 20;
 /// Operations in flight per worker.
 const OPS: u32 = 1024;
 /// Another alignment for reads (Linux 6.14); rustix has no name for it.
@@ -84,6 +88,7 @@ pub(super) fn open(options: &Options, wait: Duration) -> Result<Image, OpenError
         not_eligible: None,
         lease_break_time,
         proven: AtomicBool::new(false),
+        punches: AtomicU64::new(0),
         fiemap: Mutex::new(Fiemap::new()),
     };
     image.choose(options.mode)?;
@@ -128,7 +133,7 @@ fn limits(options: &Options, size: u64) -> Result<Limits, OpenError> {
         tracing::warn!("{path}: its last {lost} bytes are less than a block and stay hidden");
     }
     let read_only = options.read_only;
-    Ok(Limits { base: offset, capacity, block_size: unit, read_only })
+    Ok(Limits { base: offset, capacity, block_size: unit, read_only, unmap: options.unmap })
 }
 
 fn alignment(
@@ -141,7 +146,7 @@ fn alignment(
     let least = u32::try_from(SECTOR).unwrap_or(512);
     if let Some(facts) = own {
         let offset = facts.logical_block.max(least);
-        return Ok(Alignment { offset, memory: least });
+        return Ok(Alignment { offset, memory: offset });
     }
     let wanted = StatxFlags::DIOALIGN | StatxFlags::from_bits_retain(STATX_DIO_READ_ALIGN);
     let statx =
@@ -155,7 +160,8 @@ fn alignment(
         };
         // 0: O_DIRECT is silently buffered here, and buffered I/O takes anything.
         let offset = offset.max(least).next_power_of_two();
-        let memory = statx.stx_dio_mem_align.max(least).next_power_of_two();
+        // Lengths of pieces of memory are asked to be whole blocks too (statx(2); not since 6.18).
+        let memory = statx.stx_dio_mem_align.max(offset).next_power_of_two();
         return Ok(Alignment { offset, memory });
     }
     // A filesystem that does not tell is tried: one sector where only whole pages may be read.
@@ -209,6 +215,8 @@ fn geometry(
         bounce_bytes: BOUNCE_BYTES.max(fs_block),
         bounce_slots: BOUNCE_SLOTS,
         ops: OPS,
+        zeroes_bytes: ZEROES_BYTES,
+        punch_bytes: PUNCH_BYTES,
         lease_fresh: own.is_none().then_some(lease_break_time / 4),
     })
 }
@@ -312,6 +320,7 @@ impl Image {
     fn adopt(&mut self, device: Device) {
         let geometry = &mut self.geometry;
         geometry.dev_block = device.facts.logical_block;
+        geometry.mem_align = geometry.mem_align.max(geometry.dev_block);
         geometry.fs_block = geometry.fs_block.max(geometry.dev_block);
         geometry.bounce_bytes = geometry.bounce_bytes.max(geometry.fs_block);
         let align = Alignment { offset: geometry.file_align, memory: geometry.mem_align };

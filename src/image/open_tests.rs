@@ -198,6 +198,8 @@ device_test!(a_device_that_moves_4_kib_wants_a_size_in_4_kib, {
     assert_eq!(image.start(), Start::Eligible);
     let geometry = image.geometry();
     assert_eq!((geometry.dev_block, geometry.file_align, geometry.fs_block), (4096, 4096, 4096));
+    // On its own, a piece of memory shorter than a block is refused by kernels before 6.18.
+    assert_eq!(geometry.mem_align, 4096);
     assert_eq!(image.topology().physical_block, 4096);
     drop(image);
     File::options().write(true).open(&path).unwrap().set_len(65536 + 512).unwrap();

@@ -2,6 +2,7 @@
 //! Watches an image for what breaks no lease: a change of its size (R5a), the loss of its name
 //! (R24).
 
+use std::cell::Cell;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -23,6 +24,9 @@ pub enum Change {
     Unchanged,
     /// Its size is not what it was when it was opened: raw I/O must stop at once.
     SizeChanged,
+    /// It has fewer blocks than at the last look, and it was not a punch of ours: as after it was
+    /// cut and grown again. What the map says must not be used any more.
+    BlocksLost,
     /// It has no name any more; it is served on.
     Unlinked,
 }
@@ -35,6 +39,8 @@ pub enum Change {
 pub struct Watch {
     inotify: OwnedFd,
     image: Arc<Image>,
+    /// Punches begun or ended, and blocks of the file, at the last look.
+    seen: Cell<(u64, u64)>,
 }
 
 impl Watch {
@@ -52,7 +58,8 @@ impl Watch {
                 return Err(io::Error::other("the path names another file now"));
             }
         }
-        Ok(Self { inotify, image })
+        let seen = Cell::new((image.punches(), image.blocks_now()?));
+        Ok(Self { inotify, image, seen })
     }
 
     /// Takes the events and looks at the file.
@@ -70,8 +77,15 @@ impl Watch {
                 Err(error) => return Err(error.into()),
             }
         }
+        let before = self.image.punches();
+        let blocks = self.image.blocks_now()?;
+        let after = self.image.punches();
+        let (punches_then, blocks_then) = self.seen.replace((after, blocks));
+        let punched = !before.is_multiple_of(2) || [after, punches_then] != [before; 2];
         if self.image.file_size_now()? != self.image.geometry.file_size {
             Ok(Change::SizeChanged)
+        } else if blocks < blocks_then && !punched {
+            Ok(Change::BlocksLost)
         } else if self.image.is_unlinked()? {
             Ok(Change::Unlinked)
         } else {

@@ -36,6 +36,9 @@ const fn words(why: Why) -> &'static str {
             "the kernel took the lease because its break was not answered in time; direct mode comes back when the file is closed"
         }
         Why::SizeChanged => "the file's size changed and it was not us; restart to map it anew",
+        Why::BlocksLost => {
+            "blocks of the file were taken away by a way that breaks no lease; direct mode comes back with a new map"
+        }
         Why::Changed => refusal(Refusal::Changed),
         Why::Mismatch => refusal(Refusal::Mismatch),
         Why::Busy => refusal(Refusal::Busy),

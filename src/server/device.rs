@@ -41,6 +41,7 @@ pub(super) fn describe(
             alignment_offset: topology.alignment_offset,
             min_io: topology.min_io,
             opt_io: topology.opt_io,
+            discard_block: image.geometry().fs_block,
         },
         lease: image.start() == Start::Eligible,
         rules,

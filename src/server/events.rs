@@ -116,6 +116,9 @@ impl Server<'_> {
                     }
                 }
                 Event::Quiesced(id) => {
+                    // At once, not when the last one has drained: what the last one waits for may
+                    // itself wait for every worker's answer (a flush point, a park order).
+                    self.owner.keeper.worker_left(now, id);
                     if let Some(front) = &mut self.front {
                         front.quiesced(id);
                     }
@@ -143,6 +146,7 @@ impl Server<'_> {
     fn inode_changed(&mut self, now: Duration) {
         match self.watch.check(&self.poll, self.owner.direct(), now) {
             Change::SizeChanged => self.owner.keeper.size_changed(now),
+            Change::BlocksLost => self.owner.keeper.blocks_lost(now),
             Change::Unlinked if !self.unlinked => {
                 self.unlinked = true;
                 let image = self.image.path().display();

@@ -178,14 +178,13 @@ impl Front {
         }
     }
 
-    /// Ends a session that has drained; returns its workers, of which nothing comes any more.
-    pub(super) fn finish(&mut self) -> Option<BTreeSet<WorkerId>> {
+    /// Ends a session that has drained; says whether there was one.
+    pub(super) fn finish(&mut self) -> bool {
         if !matches!(&self.slot, Slot::Draining { waiting, .. } if waiting.is_empty()) {
-            return None;
+            return false;
         }
-        let Slot::Draining { session, workers, .. } = std::mem::replace(&mut self.slot, Slot::Free)
-        else {
-            return None;
+        let Slot::Draining { session, .. } = std::mem::replace(&mut self.slot, Slot::Free) else {
+            return false;
         };
         let counters = session.counters();
         session.finish();
@@ -194,7 +193,7 @@ impl Front {
             self.segments.add(&Segments::of(&counters));
         }
         info!("frontend gone");
-        Some(workers)
+        true
     }
 
     /// Whether nobody is served.

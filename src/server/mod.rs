@@ -213,6 +213,7 @@ fn image_options(config: &Config) -> Options {
         size_limit: config.size_limit,
         format_raw: config.format_raw,
         block_size: config.block_size,
+        unmap: config.unmap,
     }
 }
 
@@ -285,7 +286,7 @@ impl<'a> Server<'a> {
     /// Goes on to the next phase if this one has ended; says whether it did anything.
     fn advance(&mut self, inherited: &mut Option<Inherited>) -> Result<bool, ServeError> {
         let now = now();
-        self.reap_session(now)?;
+        self.reap_session()?;
         match self.phase {
             Phase::Starting { .. } if self.stop => self.phase = Phase::Draining,
             Phase::Starting { until } if self.owner.settled() || until <= now => {
@@ -318,11 +319,10 @@ impl<'a> Server<'a> {
     }
 
     /// Lets the next frontend in once the last one's session has drained.
-    fn reap_session(&mut self, now: Duration) -> Result<(), ServeError> {
+    fn reap_session(&mut self) -> Result<(), ServeError> {
         let Some(front) = &mut self.front else { return Ok(()) };
-        let Some(workers) = front.finish() else { return Ok(()) };
-        for worker in workers {
-            self.owner.keeper.worker_left(now, worker);
+        if !front.finish() {
+            return Ok(());
         }
         if front.is_last() {
             self.stop = true;

@@ -133,7 +133,7 @@ impl Owner {
             }
             Report::Filesystem(_) | Report::Refused(_) => {
                 let errno = match report {
-                    Report::Refused(Refusal::Failed(errno)) => {
+                    Report::Refused(Refusal::Failed(errno) | Refusal::Unsynced(errno)) => {
                         format!(" ({})", io::Error::from_raw_os_error(errno))
                     }
                     _ => String::new(),

@@ -63,6 +63,13 @@ pub fn pages(fd: BorrowedFd<'_>, range: FileRange) -> io::Result<Pages> {
     }
 }
 
+/// Whether the page cache holds pages of the file and none of them waits to be written. Only where
+/// cachestat(2) tells: mincore(2) could not, and takes 12 ms for each GiB of the file.
+pub fn has_clean_only(fd: BorrowedFd<'_>) -> bool {
+    let pages = cachestat(fd, FileRange::ALL);
+    pages.is_ok_and(|pages| pages.cached > 0 && pages.unwritten == Some(0))
+}
+
 fn cachestat(fd: BorrowedFd<'_>, range: FileRange) -> io::Result<Pages> {
     if range.is_empty() {
         // A length of 0 would mean: to the end of the file.
@@ -120,22 +127,6 @@ fn mincore_window(fd: BorrowedFd<'_>, at: u64, len: usize) -> io::Result<u64> {
     // SAFETY: `map` is the mapping of `len` bytes made above, and nothing refers to it any more.
     unsafe { libc::munmap(map, len) };
     outcome.map(|()| resident.iter().filter(|&&byte| byte & 1 != 0).count() as u64)
-}
-
-/// Writes the dirty pages of `range` back and waits for them; not the file's metadata, and no
-/// device flush.
-///
-/// # Errors
-/// sync_file_range's.
-pub fn write_back(fd: BorrowedFd<'_>, range: FileRange) -> io::Result<()> {
-    let start = i64::try_from(range.start).map_err(io::Error::other)?;
-    let len = i64::try_from(range.len()).map_err(io::Error::other)?;
-    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
-        | libc::SYNC_FILE_RANGE_WRITE
-        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
-    // SAFETY: `fd` is open for the duration of the borrow; the call takes numbers only.
-    let result = unsafe { libc::sync_file_range(fd.as_raw_fd(), start, len, flags) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Drops the clean pages wholly inside `range`. Begins to write dirty ones back, which may block;

@@ -23,6 +23,7 @@ fn dropping_clean_pages_empties_the_cache_and_both_counters_see_it() {
     assert_eq!(mincore(file.as_fd(), FileRange::ALL).unwrap(), all);
     assert_eq!(mincore(file.as_fd(), FileRange::new(0, page)).unwrap(), 1);
     drop_clean(file.as_fd(), FileRange::ALL).unwrap();
+    assert!(!has_clean_only(file.as_fd()));
     assert_eq!(pages(file.as_fd(), FileRange::ALL).unwrap().cached, 0);
     assert_eq!(mincore(file.as_fd(), FileRange::ALL).unwrap(), 0);
 }
@@ -37,7 +38,9 @@ fn written_back_pages_are_no_longer_dirty() {
         Some(unwritten) => assert_eq!(unwritten, 1),
         None => return println!("skipped: no cachestat(2) here"),
     }
-    write_back(file.as_fd(), range).unwrap();
+    assert!(!has_clean_only(file.as_fd()));
+    file.sync_data().unwrap();
+    assert!(has_clean_only(file.as_fd()));
     assert_eq!(pages(file.as_fd(), range).unwrap(), Pages { cached: 1, unwritten: Some(0) });
     assert_eq!(pages(file.as_fd(), FileRange::new(0, 0)).unwrap().cached, 0);
 }

@@ -251,6 +251,7 @@ impl Ring {
         let (way, target, buf) = match op {
             Op::Read(target, buf) => (Way::Read, target, buf),
             Op::Write(target, buf) => (Way::Write, target, buf),
+            Op::Zeroes(target, len) => return operation::zeroes(target, len, self.device),
             Op::SyncImage => return Some(operation::sync_image()),
             Op::SyncDevice(offset, len) => {
                 return operation::sync_device(offset, len, self.device);
@@ -285,7 +286,7 @@ impl Io for Ring {
             Op::Zero(buf) => done(self.buffers.zero(buf)),
             Op::Copy { from, to } => done(self.buffers.copy(from, to)),
             Op::ConfirmLease => Poll::Ready(i32::from(self.lease_held())),
-            Op::Read(..) | Op::Write(..) | Op::SyncImage | Op::SyncDevice(..) => {
+            Op::Read(..) | Op::Write(..) | Op::Zeroes(..) | Op::SyncImage | Op::SyncDevice(..) => {
                 match self.start(id, op) {
                     Ok(()) => Poll::Pending,
                     Err(result) => Poll::Ready(result),

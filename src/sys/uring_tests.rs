@@ -29,6 +29,8 @@ const GEOMETRY: Geometry = Geometry {
     bounce_bytes: 64 << 10,
     bounce_slots: 8,
     ops: 128,
+    zeroes_bytes: 4 << 20,
+    punch_bytes: 256 << 20,
     lease_fresh: Some(Duration::from_secs(11)),
 };
 

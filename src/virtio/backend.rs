@@ -232,10 +232,11 @@ impl Backend {
     }
 
     /// The device is as new: another driver takes over.
+    ///
+    /// The cache mode stays: after a reset it may be either (virtio 1.3, 5.2.5), but the guest must
+    /// be told which, and QEMU does not ask us again: it tells what was last set through it.
     fn renew(&self) {
         self.started.store(false, Ordering::Release);
-        self.writeback.store(self.config.write_back, Ordering::Release);
-        self.update_write_through();
         self.post(Event::DeviceReset);
     }
 }
@@ -282,20 +283,21 @@ impl VhostUserBackend for Backend {
         features::config(&config.limits, &config.topology, config.num_queues, byte, offset, size)
     }
 
-    /// Takes the `writeback` byte if the driver may set it, and nothing else. An error would end
-    /// the session, so there is none.
+    /// Takes the `writeback` byte and nothing else. An error would end the session, so there is none.
+    ///
+    /// Whether the driver may set it is for the frontend to know: a driver that sets it before
+    /// DRIVER_OK does so before its features are acknowledged here, and has it from then on.
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         let place = features::WRITEBACK_OFFSET.checked_sub(offset);
         let byte = place.and_then(|place| bytes.get(usize::try_from(place).ok()?));
-        let acked = self.features.load(Ordering::Acquire);
         match byte {
-            Some(byte) if features::may_set_writeback(acked) => {
+            Some(byte) => {
                 self.writeback.store(*byte != 0, Ordering::Release);
                 self.update_write_through();
                 let write_through = self.write_through();
                 tracing::debug!(write_through, "the driver set the cache mode");
             }
-            _ => tracing::debug!(offset, size = bytes.len(), "configuration write ignored"),
+            None => tracing::debug!(offset, size = bytes.len(), "configuration write ignored"),
         }
         Ok(())
     }

@@ -3,13 +3,14 @@
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
+    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use crate::engine::request::Limits;
+use crate::engine::request::{Limits, MAX_SEGMENT_SECTORS, MAX_SEGMENTS};
 use crate::engine::units::SECTOR;
 
 /// Data segments a request should have at most: what fits in the usual queue of 128 descriptors
@@ -40,6 +41,8 @@ pub struct Topology {
     pub min_io: u32,
     /// Best transfer size; 0 if unknown.
     pub opt_io: u32,
+    /// What discards should be aligned to: less gives nothing back.
+    pub discard_block: u32,
 }
 
 /// The virtio feature bits offered.
@@ -57,9 +60,11 @@ pub fn offered(limits: &Limits) -> u64 {
         VIRTIO_BLK_F_MQ,
         VIRTIO_BLK_F_CONFIG_WCE,
     ];
-    let read_only = if limits.read_only { bit(VIRTIO_BLK_F_RO) } else { 0 };
+    let some = |offer: bool, number| if offer { bit(number) } else { 0 };
     bits.into_iter().map(bit).sum::<u64>()
-        | read_only
+        | some(limits.read_only, VIRTIO_BLK_F_RO)
+        | some(!limits.read_only && limits.unmap, VIRTIO_BLK_F_DISCARD)
+        | some(!limits.read_only, VIRTIO_BLK_F_WRITE_ZEROES)
         | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
 }
 
@@ -86,16 +91,10 @@ pub fn write_through(acked: u64, writeback: bool) -> bool {
     !has(acked, VIRTIO_BLK_F_FLUSH) || !writeback
 }
 
-/// Whether the driver may change `writeback`.
-#[must_use]
-pub fn may_set_writeback(acked: u64) -> bool {
-    has(acked, VIRTIO_BLK_F_CONFIG_WCE)
-}
-
 /// The `writeback` byte as the driver reads it: 0 if it negotiated CONFIG_WCE without FLUSH.
 #[must_use]
 pub fn writeback_byte(acked: u64, writeback: bool) -> u8 {
-    let no_flush = may_set_writeback(acked) && !has(acked, VIRTIO_BLK_F_FLUSH);
+    let no_flush = has(acked, VIRTIO_BLK_F_CONFIG_WCE) && !has(acked, VIRTIO_BLK_F_FLUSH);
     u8::from(writeback && !no_flush)
 }
 
@@ -121,6 +120,7 @@ fn config_space(limits: &Limits, topology: &Topology, queues: u16, writeback: u8
     let block = limits.block_size.max(1);
     let exponent = (topology.physical_block.max(block) / block).ilog2();
     let blocks = |bytes: u32| bytes / block;
+    let sectors = |bytes: u32| u32::try_from(u64::from(bytes) / SECTOR).unwrap_or(1);
     let mut space = Vec::with_capacity(CONFIG_BYTES);
     space.extend((limits.capacity / SECTOR).to_le_bytes());
     space.extend(SIZE_MAX.to_le_bytes());
@@ -134,6 +134,13 @@ fn config_space(limits: &Limits, topology: &Topology, queues: u16, writeback: u8
     space.push(writeback);
     space.push(0);
     space.extend(queues.to_le_bytes());
+    let ranges = u32::try_from(MAX_SEGMENTS).unwrap_or(1);
+    space.extend(MAX_SEGMENT_SECTORS.to_le_bytes()); // max_discard_sectors
+    space.extend(ranges.to_le_bytes()); // max_discard_seg
+    space.extend(sectors(topology.discard_block).to_le_bytes()); // discard_sector_alignment
+    space.extend(MAX_SEGMENT_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
+    space.extend(ranges.to_le_bytes()); // max_write_zeroes_seg
+    space.push(u8::from(limits.unmap)); // write_zeroes_may_unmap
     space.resize(CONFIG_BYTES, 0);
     space
 }

@@ -5,9 +5,15 @@ use virtio_bindings::virtio_blk::virtio_blk_config;
 
 use super::*;
 
-const LIMITS: Limits = Limits { base: 0, capacity: 10 << 20, block_size: 512, read_only: false };
-const TOPOLOGY: Topology =
-    Topology { physical_block: 4096, alignment_offset: 1024, min_io: 8192, opt_io: 1 << 20 };
+const LIMITS: Limits =
+    Limits { base: 0, capacity: 10 << 20, block_size: 512, read_only: false, unmap: true };
+const TOPOLOGY: Topology = Topology {
+    physical_block: 4096,
+    alignment_offset: 1024,
+    min_io: 8192,
+    opt_io: 1 << 20,
+    discard_block: 4096,
+};
 
 fn field<const N: usize>(space: &[u8], at: usize) -> [u8; N] {
     space[at..at + N].try_into().unwrap()
@@ -30,7 +36,13 @@ fn every_field_is_where_linux_reads_it() {
     assert_eq!(space[offset_of!(virtio_blk_config, wce)], 1);
     assert_eq!(offset_of!(virtio_blk_config, wce), WRITEBACK_OFFSET as usize);
     assert_eq!(u16_at(offset_of!(virtio_blk_config, num_queues)), 16);
-    assert!(space[36..].iter().all(|&byte| byte == 0));
+    assert_eq!(u32_at(offset_of!(virtio_blk_config, max_discard_sectors)), 1 << 21);
+    assert_eq!(u32_at(offset_of!(virtio_blk_config, max_discard_seg)), 64);
+    assert_eq!(u32_at(offset_of!(virtio_blk_config, discard_sector_alignment)), 8);
+    assert_eq!(u32_at(offset_of!(virtio_blk_config, max_write_zeroes_sectors)), 1 << 21);
+    assert_eq!(u32_at(offset_of!(virtio_blk_config, max_write_zeroes_seg)), 64);
+    assert_eq!(space[offset_of!(virtio_blk_config, write_zeroes_may_unmap)], 1);
+    assert!(space[57..].iter().all(|&byte| byte == 0));
 }
 
 #[test]
@@ -49,7 +61,13 @@ fn exactly_what_was_asked_for_is_returned() {
 
 #[test]
 fn odd_topologies_do_not_panic_and_never_claim_nonsense() {
-    let odd = Topology { physical_block: 0, alignment_offset: u32::MAX, min_io: 1, opt_io: 3 };
+    let odd = Topology {
+        physical_block: 0,
+        alignment_offset: u32::MAX,
+        min_io: 1,
+        opt_io: 3,
+        discard_block: 1,
+    };
     let space = config(&LIMITS, &odd, 1, 0, 0, 60);
     assert_eq!(&space[24..32], &[0; 8]);
 }
@@ -67,10 +85,17 @@ fn write_through_unless_flush_and_writeback() {
 #[test]
 fn what_cannot_be_served_is_not_offered() {
     let features = offered(&LIMITS);
-    for missing in [VIRTIO_BLK_F_RO, 13, 14, 16, 17] {
+    // LIFETIME, SECURE_ERASE and ZONED.
+    for missing in [VIRTIO_BLK_F_RO, 15, 16, 17] {
         assert!(!has(features, missing), "bit {missing}");
     }
-    assert!(has(offered(&Limits { read_only: true, ..LIMITS }), VIRTIO_BLK_F_RO));
+    let both = [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES];
+    assert_eq!(both.map(|bit| has(features, bit)), [true, true]);
+    let keeping = offered(&Limits { unmap: false, ..LIMITS });
+    assert_eq!(both.map(|bit| has(keeping, bit)), [false, true]);
+    let read_only = offered(&Limits { read_only: true, ..LIMITS });
+    assert!(has(read_only, VIRTIO_BLK_F_RO));
+    assert_eq!(both.map(|bit| has(read_only, bit)), [false, false]);
     let unserved = VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::BACKEND_REQ;

@@ -79,6 +79,14 @@ impl<T> Slot<T> {
     }
 }
 
+#[cfg(test)]
+impl<T> Slot<T> {
+    /// What the bell rings.
+    pub(crate) fn bell(&self) -> &EventFd {
+        &self.bell.fd
+    }
+}
+
 impl<T> AsRawFd for Slot<T> {
     fn as_raw_fd(&self) -> RawFd {
         self.bell.fd.as_raw_fd()

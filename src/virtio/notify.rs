@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Kick, call and err: eventfds the frontend gave us, and may do anything to.
 
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, fstat};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 /// The file-type bits of `st_mode`; an eventfd has none of them set.
 const TYPE_BITS: u32 = 0o170_000;
@@ -32,7 +33,8 @@ impl Notifier {
     /// # Errors
     /// It is something else, or its flags cannot be set.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
-        if fstat(&fd)?.st_mode & TYPE_BITS != 0 || !named_eventfd(&fd) {
+        // The name first: fstat of a FUSE file may block as well.
+        if !named_eventfd(&fd) || fstat(&fd)?.st_mode & TYPE_BITS != 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an eventfd"));
         }
         fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
@@ -41,13 +43,30 @@ impl Notifier {
 
     /// Signals. A counter at its maximum is signalled already; anything else wrong with the fd is
     /// the frontend's loss.
+    ///
+    /// eventfds know no write that never blocks whatever their flags are, and the flag is the
+    /// frontend's too: so it is only written to when it has room. What is left is a frontend that
+    /// fills it in between; it stops the thread that serves it until it reads.
     pub(crate) fn signal(&self) {
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if poll(&mut fds, Some(&now)) == Ok(1) {
+            let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        }
     }
 
-    /// Consumes what was signalled.
+    /// Consumes what was signalled. Never blocks, also when the frontend, which shares the flag, has
+    /// made the eventfd block again and been faster.
     pub(crate) fn hear(&self) -> Heard {
-        match rustix::io::read(&self.0, &mut [0u8; 8]) {
+        /// "Here", for what has no offsets.
+        const CURRENT: u64 = u64::MAX;
+        let (mut count, nowait) = ([0u8; 8], ReadWriteFlags::NOWAIT);
+        let heard = match preadv2(&self.0, &mut [IoSliceMut::new(&mut count)], CURRENT, nowait) {
+            // Kernels before 5.8 cannot.
+            Err(Errno::OPNOTSUPP) => rustix::io::read(&self.0, &mut count),
+            heard => heard,
+        };
+        match heard {
             Ok(8) | Err(Errno::AGAIN | Errno::INTR) => Heard::Silent,
             Ok(_) | Err(_) => Heard::Broken,
         }
@@ -85,6 +104,17 @@ mod tests {
         notifier.signal();
         assert_eq!(notifier.hear(), Heard::Silent);
         assert_eq!(rustix::io::read(&fd, &mut [0u8; 8]), Err(Errno::AGAIN));
+    }
+
+    #[test]
+    fn the_frontend_cannot_make_it_block_again() {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let notifier = Notifier::new(fd.try_clone().unwrap()).unwrap();
+        fcntl_setfl(&fd, OFlags::RDWR).unwrap();
+        assert_eq!(notifier.hear(), Heard::Silent);
+        rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        notifier.signal();
+        assert_eq!(notifier.hear(), Heard::Silent);
     }
 
     #[test]

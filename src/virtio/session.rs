@@ -131,7 +131,11 @@ impl Session {
         let daemon = match daemon {
             Ok(daemon) => daemon,
             Err(error) => {
-                drop(backend.take_exits().into_iter().map(Forgotten::reclaim).collect::<Vec<_>>());
+                // It has forgotten those of its threads that run already, and only this ends them.
+                for exit in backend.take_exits().into_iter().map(Forgotten::reclaim) {
+                    // Only a counter at its maximum can fail here.
+                    let _ = rustix::io::write(exit, &1u64.to_ne_bytes());
+                }
                 return Err(io::Error::other(error.to_string()));
             }
         };

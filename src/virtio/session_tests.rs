@@ -2,8 +2,11 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vhost::VhostBackend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -12,6 +15,8 @@ use vm_memory::Bytes;
 
 use super::super::testing::*;
 use super::super::testing_guest::*;
+use super::Session;
+use crate::engine::message::WorkerId;
 
 const EVENT_IDX: u64 = 1 << 29;
 const FLUSH: u64 = 1 << 9;
@@ -71,6 +76,41 @@ fn bad_requests_get_an_error_status() {
         guest.wait(0);
     }
     assert_eq!([0, 1, 2, 3].map(|request| guest.status(request)), [1, 1, 2, 1]);
+}
+
+#[test]
+fn zeroes_and_discards_of_several_ranges() {
+    let (server, file) = Server::of_file(1, 1);
+    file.write_all_at(&[7; 1 << 20], 0).unwrap();
+    let mut guest = Guest::new(server.connect(), 1, 0);
+    guest.start();
+    let segments = |list: &[(u64, u32, u32)]| -> Vec<u8> {
+        let bytes = |&(sector, count, flags): &(u64, u32, u32)| {
+            [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
+        };
+        list.iter().flat_map(bytes).collect()
+    };
+    let mut ask = |request: u16, kind: u32, list: &[(u64, u32, u32)]| {
+        let data = segments(list);
+        guest.memory.write_slice(&data, Guest::data_at(request)).unwrap();
+        guest.request(0, request, kind, 0, u32::try_from(data.len()).unwrap());
+        guest.kick(0);
+        assert_eq!(guest.wait(0).1, 1);
+        guest.status(request)
+    };
+    assert_eq!(ask(0, ZEROES_KIND, &[(1, 9, 0), (64, 64, 1)]), 0);
+    assert_eq!(ask(1, DISCARD_KIND, &[(256, 32, 0), (512, 8, 0)]), 0);
+    assert_eq!(ask(2, ZEROES_KIND, &[(0, 8, 2)]), 2);
+    assert_eq!(ask(3, DISCARD_KIND, &[(0, 8, 1)]), 2);
+    assert_eq!(ask(4, DISCARD_KIND, &[(0, 8, 0), (CAPACITY / 512, 1, 0)]), 1);
+    assert_eq!(ask(5, ZEROES_KIND, &[]), 1);
+    let content = content(&file, 0, 1 << 20);
+    // Nothing is punched in this world: zeros are written, a discard changes nothing.
+    let zero = |sector: usize| matches!(sector, 1..10 | 64..128);
+    for (sector, bytes) in content.chunks(512).enumerate() {
+        let expected = if zero(sector) { 0 } else { 7 };
+        assert!(bytes.iter().all(|&byte| byte == expected), "sector {sector}");
+    }
 }
 
 #[test]
@@ -288,6 +328,42 @@ fn the_driver_sets_the_cache_mode_and_nothing_else() {
     assert_eq!(guest.wait(0), (0, 1));
 }
 
+/// QEMU takes what the driver sets before its features are known to us (FreeBSD's does), and after
+/// a reset it goes on telling the guest what was set before it.
+#[test]
+fn the_cache_mode_stays_what_the_guest_is_told() {
+    let (server, _file) = Server::of_file(1, 1);
+    let flags = VhostUserConfigFlags::WRITABLE;
+    let mode = |front: &mut Frontend| front.get_config(32, 1, flags, &[0]).unwrap().1[0];
+    let mut guest = Guest::connect(server.connect(), 1);
+    guest.front.set_config(32, flags, &[0]).unwrap();
+    guest.negotiate(0);
+    assert_eq!(mode(&mut guest.front), 0);
+    guest.start();
+    guest.read(0, 0, 0, 512);
+    guest.wait(0);
+    guest.front.get_vring_base(0).unwrap();
+    guest.set_ring(0, 0);
+    assert_eq!(server.seen.recv_timeout(PATIENCE).unwrap(), Seen::Reset);
+    assert_eq!(mode(&mut guest.front), 0);
+    guest.front.reset_device().unwrap();
+    assert_eq!(mode(&mut guest.front), 0);
+}
+
+/// A bell is rung in two steps. One that a worker saw between them rings for mail that has been
+/// read, and must not keep the thread awake.
+#[test]
+fn a_bell_that_rings_late_is_silenced() {
+    let (config, _inbox) = device(tempfile::tempfile().unwrap().into(), 1, 1);
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    let session = Session::start(theirs, config, WorkerId(0)).unwrap();
+    let bell = session.backend.threads()[0].slot.bell();
+    std::thread::sleep(Duration::from_millis(50));
+    bell.write(1).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    bell.read().unwrap_err();
+}
+
 #[test]
 fn nonsense_ends_the_session_with_a_reason() {
     let (server, _file) = Server::of_file(1, 1);
@@ -330,6 +406,34 @@ fn fifty_sessions_leave_nothing_behind() {
     }
     let (before, after) = test();
     assert!(after <= before + 2, "{before} fds before, {after} after");
+}
+
+/// Descriptors run out at every place of the start, one after the other.
+#[test]
+fn a_session_that_cannot_start_leaves_nothing_behind() {
+    if std::env::var_os("NEXTEST").is_none() {
+        return run_alone("a_session_that_cannot_start_leaves_nothing_behind");
+    }
+    let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+    let (config, _inbox) = device(tempfile::tempfile().unwrap().into(), 8, 4);
+    let before = (fds(), threads());
+    let usual = getrlimit(Resource::Nofile);
+    let failures = (1..500u64)
+        .take_while(|spare| {
+            let (_ours, theirs) = UnixStream::pair().unwrap();
+            let current = Some(before.0 as u64 + spare);
+            setrlimit(Resource::Nofile, Rlimit { current, ..usual }).unwrap();
+            let result = Session::start(theirs, Arc::clone(&config), WorkerId(0));
+            setrlimit(Resource::Nofile, usual).unwrap();
+            result.is_err()
+        })
+        .count();
+    assert!((20..400).contains(&failures), "{failures}");
+    let end = Instant::now() + PATIENCE;
+    while (fds(), threads()) != before && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!((fds(), threads()), before, "descriptors and threads");
 }
 
 fn run_alone(test: &str) {

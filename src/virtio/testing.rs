@@ -61,36 +61,52 @@ fn geometry() -> Geometry {
         bounce_bytes: 64 << 10,
         bounce_slots: 8,
         ops: 128,
+        zeroes_bytes: 4 << 20,
+        punch_bytes: 256 << 20,
         lease_fresh: None,
     }
+}
+
+/// A device of an image in filesystem mode, and where its sessions post.
+pub(crate) fn device(image: OwnedFd, num_queues: u16, threads: u16) -> (Arc<DeviceConfig>, Inbox) {
+    let (inbox, poster) = inbox().unwrap();
+    let topology = Topology {
+        physical_block: 4096,
+        alignment_offset: 0,
+        min_io: 4096,
+        opt_io: 0,
+        discard_block: 4096,
+    };
+    let config = DeviceConfig {
+        files: Arc::new(OneFile(image)),
+        geometry: geometry(),
+        limits: Limits {
+            base: 0,
+            capacity: CAPACITY,
+            block_size: 512,
+            read_only: false,
+            unmap: true,
+        },
+        topology,
+        lease: false,
+        rules: Rules::default(),
+        shared: Arc::new(Shared::new()),
+        num_queues,
+        queue_size: 1024,
+        threads,
+        serial: "serial".to_owned(),
+        write_back: true,
+        inbox: poster,
+    };
+    (Arc::new(config), inbox)
 }
 
 impl Server {
     pub(crate) fn new(image: OwnedFd, num_queues: u16, threads: u16) -> Self {
         let (sender, seen) = mpsc::channel();
         let (streams, accepted) = mpsc::channel();
-        let (inbox, poster) = inbox().unwrap();
-        let shared = Arc::new(Shared::new());
-        let config = Arc::new(DeviceConfig {
-            files: Arc::new(OneFile(image)),
-            geometry: geometry(),
-            limits: Limits { base: 0, capacity: CAPACITY, block_size: 512, read_only: false },
-            topology: Topology {
-                physical_block: 4096,
-                alignment_offset: 0,
-                min_io: 4096,
-                opt_io: 0,
-            },
-            lease: false,
-            rules: Rules::default(),
-            shared: Arc::clone(&shared),
-            num_queues,
-            queue_size: 1024,
-            threads,
-            serial: "serial".to_owned(),
-            write_back: true,
-            inbox: poster,
-        });
+        let (config, inbox) = device(image, num_queues, threads);
+        let shared = Arc::clone(&config.shared);
         let serve = move || {
             let mut keeper = new_keeper(&shared);
             let mut next = WorkerId(0);
@@ -207,7 +223,9 @@ fn act(session: &Session, keeper: &mut Keeper) {
     while let Some(action) = keeper.poll_action() {
         match action {
             Action::Send(worker, message) => session.send(worker, message),
-            Action::Run(id, _) => keeper.job_done(Duration::ZERO, id, JobDone::Punch(Ok(()))),
+            Action::Run(id, _) => {
+                keeper.job_done(Duration::ZERO, id, JobDone::Punch(Err(libc::EOPNOTSUPP)))
+            }
             Action::DropLease | Action::Touch | Action::Report(_) => {}
         }
     }

@@ -35,6 +35,8 @@ pub(crate) const WRITE: u16 = 2;
 
 pub(crate) const READ_KIND: u32 = 0;
 pub(crate) const WRITE_KIND: u32 = 1;
+pub(crate) const DISCARD_KIND: u32 = 11;
+pub(crate) const ZEROES_KIND: u32 = 13;
 pub(crate) const FLUSH_KIND: u32 = 4;
 pub(crate) const GET_ID_KIND: u32 = 8;
 
@@ -62,13 +64,19 @@ fn event() -> EventFd {
 impl Guest {
     /// Connects and negotiates everything offered but `without`; memory is set, rings are not.
     pub(crate) fn new(stream: UnixStream, num_queues: usize, without: u64) -> Self {
+        let guest = Self::connect(stream, num_queues);
+        guest.negotiate(without);
+        guest
+    }
+
+    /// Connects; no features are acknowledged yet.
+    pub(crate) fn connect(stream: UnixStream, num_queues: usize) -> Self {
         let mut front = Frontend::from_stream(stream, 64);
         front.set_owner().unwrap();
-        let features = front.get_features().unwrap();
+        front.get_features().unwrap();
         let protocol = front.get_protocol_features().unwrap();
         front.set_protocol_features(protocol & VhostUserProtocolFeatures::all()).unwrap();
         front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        front.set_features(features & !without).unwrap();
         let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&fd, MEMORY).unwrap();
         let file = File::from(fd);
@@ -76,9 +84,14 @@ impl Guest {
         let range = (GuestAddress(0), MEMORY as usize, Some(offset));
         let memory = Memory::from_ranges_with_files([range]).unwrap();
         let queue = |_| GuestQueue { kick: event(), call: event(), err: event(), next: 0, used: 0 };
-        let guest = Self { front, memory, file, queues: (0..num_queues).map(queue).collect() };
-        guest.front.set_mem_table(&[guest.region()]).unwrap();
-        guest
+        Self { front, memory, file, queues: (0..num_queues).map(queue).collect() }
+    }
+
+    /// Acknowledges everything offered but `without` and sets the memory.
+    pub(crate) fn negotiate(&self, without: u64) {
+        let features = self.front.get_features().unwrap();
+        self.front.set_features(features & !without).unwrap();
+        self.front.set_mem_table(&[self.region()]).unwrap();
     }
 
     pub(crate) fn region(&self) -> VhostUserMemoryRegionInfo {
@@ -162,7 +175,11 @@ impl Guest {
         let status = GuestAddress(STATUS + u64::from(request));
         self.memory.write_obj(UNTOUCHED, status).unwrap();
         let head = request * 3;
-        let data = if kind == WRITE_KIND { NEXT } else { NEXT | WRITE };
+        let data = if matches!(kind, WRITE_KIND | DISCARD_KIND | ZEROES_KIND) {
+            NEXT
+        } else {
+            NEXT | WRITE
+        };
         self.describe(queue, head, Descriptor::new(header.0, 16, NEXT, head + 1));
         let at = Self::data_at(request).0;
         self.describe(queue, head + 1, Descriptor::new(at, len, data, head + 2));

@@ -25,7 +25,7 @@ use super::queue::{Broken, Queue, Quiet, Vring};
 use super::requests::Requests;
 use crate::engine;
 use crate::engine::message::{ToWorker, WorkerId};
-use crate::engine::request::Status;
+use crate::engine::request::{Kind, Status};
 use crate::engine::{Io, Tag};
 use crate::inbox::Event;
 
@@ -148,6 +148,8 @@ pub(crate) struct Worker<D> {
     disk: Option<D>,
     chain: Chain,
     heads: Vec<u16>,
+    /// The ranges of the DISCARD or WRITE_ZEROES just read.
+    ranges: Vec<Kind>,
     orders: Vec<Order>,
     quiescing: bool,
     write_through: Option<bool>,
@@ -178,6 +180,7 @@ impl<D: Disk> Worker<D> {
             disk: Some(parts.disk),
             chain: Chain::default(),
             heads: Vec::new(),
+            ranges: Vec::new(),
             orders: Vec::new(),
             quiescing: false,
             write_through: None,
@@ -192,6 +195,10 @@ impl<D: Disk> Worker<D> {
             if let Some(disk) = &self.disk {
                 disk.hear();
             }
+        } else if token == self.tokens.mailbox() {
+            // Whether it looks rung or not: a post rings in two steps, and one that we saw between
+            // them, awake, rings for mail that we have read.
+            self.read_mail();
         } else if let Some(queue) = self.tokens.queue(token) {
             self.hear_kick(queue);
         }

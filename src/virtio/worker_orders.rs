@@ -31,16 +31,20 @@ enum Then {
 }
 
 impl<D: Disk> Worker<D> {
-    /// Reads the mail. True if there was any.
+    /// Reads the mail if the bell was rung. True if it was.
     pub(super) fn hear_mail(&mut self) -> bool {
-        if !self.mailbox.rung() {
-            return false;
+        let rung = self.mailbox.rung();
+        if rung {
+            self.read_mail();
         }
+        rung
+    }
+
+    pub(super) fn read_mail(&mut self) {
         self.mailbox.hear();
         while let Some(mail) = self.mailbox.next() {
             self.open(mail);
         }
-        true
     }
 
     fn open(&mut self, mail: Mail) {

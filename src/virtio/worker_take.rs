@@ -7,7 +7,7 @@ use std::time::Duration;
 use vm_memory::Bytes;
 
 use super::{Disk, Worker};
-use crate::engine::request::{self, Kind, Parsed, Request, Status};
+use crate::engine::request::{self, Kind, MAX_SEGMENTS, Parsed, Request, SEGMENT_BYTES, Status};
 use crate::virtio::Memory;
 use crate::virtio::chain::{Chain, Malformed, Parts, Piece, Table};
 use crate::virtio::features::MAX_DATA;
@@ -100,7 +100,14 @@ impl<D: Disk> Worker<D> {
 
     fn begin(&mut self, disk: &mut D, memory: &Arc<Memory>, parts: Parts, arrival: Arrival) {
         let kind = match self.parse(&parts) {
-            Parsed::Io(kind) => kind,
+            Parsed::Io(kind) => {
+                self.ranges.clear();
+                kind
+            }
+            Parsed::Segments(kind) => match self.read_ranges(memory, kind, &parts) {
+                Ok(kind) => kind,
+                Err(status) => return self.answer_now(&parts, arrival, status),
+            },
             Parsed::GetId => {
                 let status = self.write_id(memory);
                 return self.answer_now(&parts, arrival, status);
@@ -118,7 +125,10 @@ impl<D: Disk> Worker<D> {
             pieces => disk.attach(tag, memory, pieces),
         };
         match aligned {
-            Some(mem_aligned) => self.engine.accept(disk, tag, Request { kind, mem_aligned }),
+            Some(mem_aligned) => {
+                let more = self.ranges.get(1..).unwrap_or_default();
+                self.engine.accept_all(disk, tag, Request { kind, mem_aligned }, more);
+            }
             None => {
                 self.requests.leave(tag);
                 self.answer_now(&parts, arrival, Status::IoError);
@@ -132,6 +142,22 @@ impl<D: Disk> Worker<D> {
             return Parsed::Answer(Status::IoError);
         }
         request::parse(header, parts.readable, parts.writable, self.backend.limits())
+    }
+
+    /// Reads the ranges of a DISCARD or WRITE_ZEROES into `self.ranges`; gives the first.
+    fn read_ranges(&mut self, memory: &Memory, kind: u32, parts: &Parts) -> Result<Kind, Status> {
+        let mut bytes = [0; MAX_SEGMENTS * SEGMENT_BYTES];
+        let length = usize::try_from(parts.readable).unwrap_or(usize::MAX);
+        let bytes = bytes.get_mut(..length).ok_or(Status::IoError)?;
+        let mut rest = &mut *bytes;
+        for (start, len) in self.chain.readable_data() {
+            let take = rest.len().min(usize::try_from(*len).unwrap_or(usize::MAX));
+            let (now, later) = rest.split_at_mut(take);
+            memory.read_slice(now, *start).map_err(|_| Status::IoError)?;
+            rest = later;
+        }
+        request::segments(kind, bytes, self.backend.limits(), &mut self.ranges)?;
+        self.ranges.first().copied().ok_or(Status::IoError)
     }
 
     fn answer_now(&mut self, parts: &Parts, arrival: Arrival, status: Status) {
@@ -160,8 +186,8 @@ impl<D: Disk> Worker<D> {
 fn data(chain: &Chain, kind: Kind) -> &[Piece] {
     match kind {
         Kind::Read(_) => chain.writable_data(),
-        Kind::Write(_) | Kind::Discard(_) => chain.readable_data(),
-        Kind::Flush => &[],
+        Kind::Write(_) => chain.readable_data(),
+        Kind::Discard(_) | Kind::WriteZeroes { .. } | Kind::Flush => &[],
     }
 }
 

@@ -23,7 +23,7 @@ impl World {
     }
 
     /// Checks an operation before it starts. `place` is its offset in bytes.
-    pub(super) fn check_submit(&mut self, flight: &InFlight, place: u64) {
+    pub(super) fn check_submit(&mut self, flight: &InFlight, place: u64, len: u64) {
         let taken =
             self.ops.values().filter(|o| o.life == flight.life && o.worker == flight.worker);
         let limit = self.scenario.geometry.ops as usize;
@@ -42,12 +42,12 @@ impl World {
         if count + waiting >= limit {
             self.fail(format!("more than {limit} operations in flight"));
         }
-        if let Some(buf) = flight.buf() {
-            self.check_alignment(flight, place, buf);
+        if !matches!(flight.class, Class::SyncImage | Class::SyncDevice) {
+            self.check_alignment(flight, place, len);
         }
         match flight.class {
             Class::RawRead | Class::RawWrite => self.check_raw(flight),
-            Class::FileWrite => self.check_file_write(flight),
+            Class::FileWrite | Class::FileZeroes => self.check_file_write(flight),
             _ => {}
         }
     }
@@ -60,10 +60,9 @@ impl World {
             && !place.is_multiple_of(u64::from(self.scenario.geometry.file_align))
     }
 
-    fn check_alignment(&mut self, flight: &InFlight, place: u64, buf: Buf) {
+    fn check_alignment(&mut self, flight: &InFlight, place: u64, len: u64) {
         let geometry = self.scenario.geometry;
         let align = if flight.class.is_raw() { geometry.dev_block } else { geometry.file_align };
-        let len = u64::from(buf.len());
         if self.is_odd_end(flight, place) {
             return;
         }
@@ -73,7 +72,7 @@ impl World {
                 flight.class
             ));
         }
-        if let Buf::Guest { tag, at, .. } = buf
+        if let Some(buf @ Buf::Guest { tag, at, .. }) = flight.buf
             && (at % u64::from(geometry.mem_align) != 0
                 || !self.guest.is_aligned(flight.worker, tag))
         {
@@ -94,9 +93,10 @@ impl World {
         if !write {
             return;
         }
-        let racing = self.ops.values().find(|o| {
-            o.class == Class::FileWrite && o.blocks.iter().any(|b| flight.blocks.contains(b))
-        });
+        let racing = self
+            .ops
+            .values()
+            .find(|o| o.class.writes_file() && o.blocks.iter().any(|b| flight.blocks.contains(b)));
         if let Some(racing) = racing {
             let what = format!("{:?} while {:?} is in flight", flight.blocks, racing.blocks);
             self.fail(format!("raw write to block {what} through the file (R10a)"));

@@ -21,10 +21,10 @@ const POISON: Stamp = 0x90 << 56;
 
 /// A request the guest waits for.
 #[derive(Debug)]
-struct Pending {
+pub(super) struct Pending {
     number: u64,
-    request: Request,
-    sectors: Range<usize>,
+    pub(super) request: Request,
+    pub(super) sectors: Range<usize>,
     memory: Vec<Stamp>,
     began: u64,
     /// Reads: what each sector may be.
@@ -39,15 +39,15 @@ struct Pending {
 #[derive(Debug)]
 pub(super) struct Guest {
     /// By worker and tag.
-    pending: BTreeMap<(WorkerId, Tag), Pending>,
+    pub(super) pending: BTreeMap<(WorkerId, Tag), Pending>,
     next_number: u64,
     next_stamp: Stamp,
     /// Requests still to be made.
     pub(super) to_issue: u32,
     /// Places the guest likes.
-    hot: Vec<usize>,
+    pub(super) hot: Vec<usize>,
     /// Writes to make first: the ones a killed daemon owed.
-    redo: VecDeque<Range<usize>>,
+    pub(super) redo: VecDeque<Range<usize>>,
     pub(super) write_through: bool,
     ever_write_through: bool,
     /// A flush has failed and nothing has reset the device since (R16).
@@ -57,7 +57,7 @@ pub(super) struct Guest {
     /// A new driver flushes first.
     pub(super) flush_first: bool,
     /// What the last phase reads, so that all of the image is looked at.
-    sweep: VecDeque<Range<usize>>,
+    pub(super) sweep: VecDeque<Range<usize>>,
     pub(super) answered: u64,
 }
 
@@ -162,12 +162,13 @@ impl World {
         let odd_memory = self.rng.chance(self.scenario.unaligned);
         let request = Request {
             kind,
-            mem_aligned: !odd_memory && bytes(range.len()).is_multiple_of(mem_align),
+            mem_aligned: matches!(kind, Kind::WriteZeroes { .. })
+                || (!odd_memory && bytes(range.len()).is_multiple_of(mem_align)),
         };
         let memory = match kind {
             Kind::Write(_) => self.guest.stamps(range.len()),
             Kind::Read(_) => vec![POISON; range.len()],
-            Kind::Discard(_) | Kind::Flush => Vec::new(),
+            Kind::Discard(_) | Kind::WriteZeroes { .. } | Kind::Flush => Vec::new(),
         };
         if !request.mem_aligned && !memory.is_empty() {
             self.hit(Hazard::Bounced);
@@ -208,7 +209,7 @@ impl World {
     fn note_hazards(&mut self, kind: Kind, range: &Range<usize>) {
         let spb = self.host.spb;
         match kind {
-            Kind::Discard(_)
+            Kind::Discard(_) | Kind::WriteZeroes { unmap: true, .. }
                 if !(range.start.is_multiple_of(spb) && range.end.is_multiple_of(spb)) =>
             {
                 self.hit(Hazard::OddEdgePunch);
@@ -231,81 +232,6 @@ impl World {
         }
     }
 
-    fn choose(&mut self) -> Kind {
-        if let Some(range) = self.guest.sweep.pop_front() {
-            return Kind::Read(file_range(&range));
-        }
-        if let Some(range) = self.guest.redo.pop_front() {
-            return Kind::Write(file_range(&range));
-        }
-        if std::mem::take(&mut self.guest.flush_first) {
-            return Kind::Flush;
-        }
-        let discards = self.scenario.discards;
-        let flushes = self.scenario.flushes;
-        let draw = self.rng.below(1000);
-        if draw < flushes {
-            return Kind::Flush;
-        }
-        if draw < flushes + discards && !self.scenario.identity() {
-            if let Some(range) = self.free_range() {
-                return Kind::Discard(file_range(&range));
-            }
-        } else if self.rng.chance(500) {
-            if let Some(range) = self.free_range() {
-                return Kind::Write(file_range(&range));
-            }
-            if let Some(range) = self.range_under_way() {
-                self.hit(Hazard::Overlap);
-                return Kind::Write(file_range(&range));
-            }
-        }
-        Kind::Read(file_range(&self.any_range()))
-    }
-
-    /// A range nothing is writing to.
-    fn free_range(&mut self) -> Option<Range<usize>> {
-        for _ in 0..4 {
-            let range = self.any_range();
-            if range.clone().all(|s| !self.model.contended(s)) {
-                return Some(range);
-            }
-        }
-        None
-    }
-
-    /// A range that is being written, for a second write to the same sectors. Writes that overlap
-    /// otherwise are the guest's mistake, and may cost it a neighbour in the same block.
-    fn range_under_way(&mut self) -> Option<Range<usize>> {
-        let writes = self.guest.pending.values();
-        let ranges: Vec<_> = writes
-            .filter(|p| matches!(p.request.kind, Kind::Write(_)))
-            .map(|p| p.sectors.clone())
-            .collect();
-        let choice = self.rng.index(ranges.len());
-        ranges.into_iter().nth(choice)
-    }
-
-    fn any_range(&mut self) -> Range<usize> {
-        let window = self.window();
-        let spb = self.host.spb;
-        let len = match self.rng.below(10) {
-            0..5 => 1 + self.rng.index(spb),
-            5..8 => 1 + self.rng.index(4 * spb),
-            8 => spb * (1 + self.rng.index(3)),
-            _ => 1 + self.rng.index(self.scenario.longest),
-        };
-        let at = if self.rng.chance(self.scenario.focus) {
-            let hot = self.rng.index(self.guest.hot.len());
-            let near = self.guest.hot[hot] + self.rng.index(16);
-            if self.rng.chance(300) { near - near % spb } else { near }
-        } else {
-            window.start + self.rng.index(window.len())
-        };
-        let start = at.clamp(window.start, window.end - 1);
-        start..(start + len).min(window.end)
-    }
-
     /// An answer comes back: everything the guest may rely on is checked here.
     pub(super) fn answered(&mut self, worker: WorkerId, tag: Tag, status: Status) {
         self.trace(|| format!("w{} tag {} answered {status:?}", worker.0, tag.0));
@@ -321,10 +247,8 @@ impl World {
         match pending.request.kind {
             Kind::Read(_) if ok => self.check_read(&pending),
             Kind::Read(_) => {}
-            Kind::Write(_) => self.write_ended(&pending, ok),
-            Kind::Discard(_) => {
-                self.model.end(pending.number, pending.sectors.clone(), false);
-            }
+            Kind::Write(_) | Kind::WriteZeroes { .. } => self.write_ended(&pending, ok),
+            Kind::Discard(_) => self.discard_ended(&pending, ok),
             Kind::Flush => self.flush_ended(&pending, ok),
         }
     }
@@ -343,6 +267,20 @@ impl World {
             }
             self.model.observed(sector, *saw, pending.began);
         }
+    }
+
+    /// The whole blocks inside read as zeros, unless the filesystem cannot punch; the rest is as it was
+    /// or zeros, which is more than the guest was promised.
+    fn discard_ended(&mut self, pending: &Pending, ok: bool) {
+        let spb = self.host.spb;
+        let Range { start, end } = pending.sectors;
+        let inside = start.next_multiple_of(spb)..end - end % spb;
+        if inside.is_empty() || !self.scenario.punches {
+            return self.model.end(pending.number, start..end, false);
+        }
+        self.model.end(pending.number, start..inside.start, false);
+        self.model.end(pending.number, inside.clone(), ok);
+        self.model.end(pending.number, inside.end..end, false);
     }
 
     fn write_ended(&mut self, pending: &Pending, ok: bool) {
@@ -388,6 +326,6 @@ impl World {
     }
 }
 
-fn file_range(sectors: &Range<usize>) -> FileRange {
+pub(super) fn file_range(sectors: &Range<usize>) -> FileRange {
     FileRange::new(bytes(sectors.start), bytes(sectors.end))
 }

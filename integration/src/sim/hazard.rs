@@ -43,6 +43,9 @@ hazards! {
     LyingMap "map that lies",
     Overlap "overlapping guest writes",
     WriteThrough "write-through",
+    Zeroes "zeroing by reference",
+    NoZeroes "zeroing by reference not to be had",
+    NoPunch "filesystem that cannot punch",
 }
 
 /// How often each was met.

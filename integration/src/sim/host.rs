@@ -208,7 +208,7 @@ impl Host {
     }
 
     /// What becomes of a freed place: the canary's, or free once committed, or residue.
-    fn release(&mut self, place: usize, residue: bool, rng: &mut Rng) {
+    pub(super) fn release(&mut self, place: usize, residue: bool, rng: &mut Rng) {
         if residue {
             self.layout.set_owner(place, Owner::Residue);
         } else if rng.chance(self.greed) {
@@ -217,7 +217,7 @@ impl Host {
         }
     }
 
-    fn adopt(&mut self, place: usize) {
+    pub(super) fn adopt(&mut self, place: usize) {
         self.layout.adopt(place);
         for sector in place * self.spb..(place + 1) * self.spb {
             self.disk.write_durable(sector, CANARY | sector as u64);
@@ -307,87 +307,9 @@ impl Host {
                 self.adopt(old);
             }
         }
-        self.cache.invalidate(sectors);
+        self.cache.invalidate_clean(sectors);
         if sectors.end > self.layout.size() {
             self.layout.set_size(sectors.end);
-        }
-    }
-
-    /// Whether a block is allocated, or going to be when the cache is written back.
-    fn has_data(&self, block: usize) -> bool {
-        self.layout.block(block).place != NOWHERE
-            || self.sectors_of(block).any(|s| self.cache.get(s).is_some())
-            || self.cache.writebacks.iter().any(|w| w.block == block)
-    }
-
-    /// `fallocate(PUNCH_HOLE)`: whole blocks are freed, edges zeroed through the page cache,
-    /// where they stay dirty.
-    pub(super) fn punch(&mut self, sectors: &Range<usize>, rng: &mut Rng) {
-        let inner = sectors.start.div_ceil(self.spb)..sectors.end / self.spb;
-        for sector in sectors.clone() {
-            if !inner.contains(&(sector / self.spb)) && self.has_data(sector / self.spb) {
-                self.buffered_write(sector, ZERO);
-            }
-        }
-        if inner.is_empty() {
-            return;
-        }
-        self.settle(inner.clone());
-        self.cache.invalidate(&(inner.start * self.spb..inner.end * self.spb));
-        for block in inner {
-            if let Some(place) = self.layout.unmap(block) {
-                self.release(place, false, rng);
-            }
-        }
-    }
-
-    /// `truncate` to a smaller size; `residue` keeps the freed blocks from the canary.
-    pub(super) fn shrink(&mut self, size: usize, residue: bool, rng: &mut Rng) {
-        let all = self.everything();
-        if !size.is_multiple_of(self.spb) && self.has_data(size / self.spb) {
-            for sector in size..size.next_multiple_of(self.spb) {
-                self.buffered_write(sector, ZERO);
-            }
-        }
-        let first = size.div_ceil(self.spb);
-        self.settle(first..self.layout.len());
-        self.cache.invalidate(&(first * self.spb..all.end));
-        for block in first..self.layout.len() {
-            let old = self.layout.block(block);
-            if let Some(place) = self.layout.unmap(block) {
-                self.release(place, residue, rng);
-            } else if residue && old.shared {
-                self.layout.set_owner(old.place, Owner::Residue);
-            }
-        }
-        self.layout.set_size(size);
-    }
-
-    /// `e4defrag` of one block: same bytes, another place.
-    pub(super) fn relocate(&mut self, block: usize, rng: &mut Rng) {
-        self.sync_range(&self.sectors_of(block));
-        let old = self.layout.block(block);
-        if old.place == NOWHERE || old.shared || !old.written {
-            return;
-        }
-        let Some(place) = self.find(block, rng) else { return };
-        for i in 0..self.spb {
-            let stamp = self.disk.read(old.place * self.spb + i);
-            self.disk.write_back(place * self.spb + i, stamp);
-        }
-        self.layout.unmap(block);
-        self.layout.map(block, place, true);
-        self.commit();
-        self.adopt(old.place);
-    }
-
-    /// A clone is made of one block.
-    pub(super) fn share(&mut self, block: usize) {
-        self.sync_range(&self.sectors_of(block));
-        let entry = self.layout.block(block);
-        if entry.place != NOWHERE && entry.written {
-            self.layout.set_shared(block);
-            self.commit();
         }
     }
 

@@ -9,10 +9,11 @@ use extentd::engine::extent::{Extent, State};
 use extentd::engine::message::{Job, JobDone, JobId, MapAnswer, Proof, Refusal};
 use extentd::engine::units::{DeviceOffset, FileRange};
 
+use super::disk::ZERO;
 use super::hazard::Hazard;
 use super::layout::NOWHERE;
 use super::mutant::Mutant;
-use super::ops::{Class, EIO, InFlight};
+use super::ops::{EIO, EOPNOTSUPP, InFlight};
 use super::scenario::{bytes, sectors};
 use super::world::{Event, World};
 
@@ -147,7 +148,16 @@ impl World {
         if self.ops.values().any(InFlight::holds_layout) {
             return None;
         }
+        if !self.scenario.punches {
+            self.hit(Hazard::NoPunch);
+            return Some(Err(-EOPNOTSUPP));
+        }
         let range = sectors(range.start)..sectors(range.end).min(self.scenario.sectors());
+        if self.scenario.identity() {
+            // A disk's blocks stay where they are.
+            range.for_each(|sector| self.host.disk.write_back(sector, ZERO));
+            return Some(Ok(()));
+        }
         self.host.punch(&range, &mut self.rng);
         for edge in [range.start, range.end.saturating_sub(1)] {
             if self.host.cache.is_dirty(edge) && range.contains(&edge) {
@@ -187,9 +197,8 @@ impl World {
     }
 
     fn fiemap(&mut self, blocks: Range<usize>) {
-        let writing = |o: &InFlight| {
-            o.class == Class::FileWrite && o.blocks.iter().any(|b| blocks.contains(b))
-        };
+        let writing =
+            |o: &InFlight| o.class.writes_file() && o.blocks.iter().any(|b| blocks.contains(b));
         if !blocks.is_empty() && self.ops.values().any(writing) {
             self.hit(Hazard::FiemapDuringFileWrite);
         }
@@ -221,7 +230,9 @@ impl World {
             }
             let places = self.host.layout.places();
             let told = if lies && place != NOWHERE { (place + 7) % places } else { place };
-            if state == State::Mapped {
+            let now = self.host.layout.block(block);
+            // A difference counts only where the block has not moved meanwhile.
+            if state == State::Mapped && now.place == place && now.written {
                 self.compare(block, told, &mut answer.proof);
             }
             let start = block as u64 * block_bytes;

@@ -142,6 +142,11 @@ impl Layout {
         }
     }
 
+    pub(super) fn set_unwritten(&mut self, block: usize) {
+        self.blocks[block].written = false;
+        self.dirty = true;
+    }
+
     pub(super) fn set_shared(&mut self, block: usize) {
         self.blocks[block].shared = true;
         self.dirty = true;

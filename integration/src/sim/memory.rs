@@ -12,7 +12,7 @@ use super::world::World;
 impl World {
     /// What a write has in sector `i` of its memory.
     pub(super) fn data(&mut self, flight: &InFlight, i: usize) -> Stamp {
-        match (&flight.pinned, flight.buf()) {
+        match (&flight.pinned, flight.buf) {
             (Some(pinned), _) => pinned.get(i).copied().unwrap_or(ZERO),
             (None, Some(buf)) => self.memory_get(flight.worker, buf, i),
             (None, None) => ZERO,

@@ -13,6 +13,7 @@ mod disk;
 mod guest;
 mod hazard;
 mod host;
+mod host_layout;
 mod jobs;
 mod layout;
 mod life;
@@ -25,6 +26,8 @@ mod pagecache;
 mod rng;
 mod run;
 mod scenario;
+mod steps;
+mod wishes;
 mod world;
 
 use std::sync::Mutex;

@@ -19,6 +19,9 @@ use super::world::{Event, World};
 /// An I/O error, negated.
 pub(super) const EIO: i32 = -5;
 
+/// The filesystem cannot do that, negated.
+pub(super) const EOPNOTSUPP: i32 = -95;
+
 /// Not aligned for direct I/O, negated.
 const EINVAL: i32 = -22;
 
@@ -29,6 +32,7 @@ pub(super) enum Class {
     RawWrite,
     FileRead,
     FileWrite,
+    FileZeroes,
     SyncImage,
     SyncDevice,
 }
@@ -38,10 +42,15 @@ impl Class {
         matches!(self, Self::RawRead | Self::RawWrite)
     }
 
+    /// Whether the file is written, and its layout perhaps changed.
+    pub(super) const fn writes_file(self) -> bool {
+        matches!(self, Self::FileWrite | Self::FileZeroes)
+    }
+
     /// Steps before the end.
     const fn steps(self) -> u8 {
         match self {
-            Self::RawRead | Self::RawWrite | Self::FileRead => 2,
+            Self::RawRead | Self::RawWrite | Self::FileRead | Self::FileZeroes => 2,
             Self::FileWrite => 3,
             Self::SyncImage | Self::SyncDevice => 1,
         }
@@ -55,22 +64,22 @@ pub(super) struct InFlight {
     pub(super) worker: WorkerId,
     pub(super) id: OpId,
     pub(super) class: Class,
-    buf: Option<Buf>,
+    pub(super) buf: Option<Buf>,
     /// Sectors of the device if raw, else of the file.
     pub(super) sectors: Range<usize>,
     /// Blocks of the file.
     pub(super) blocks: Vec<usize>,
     /// Sectors that will be moved.
-    moved: usize,
-    error: i32,
-    step: u8,
+    pub(super) moved: usize,
+    pub(super) error: i32,
+    pub(super) step: u8,
     /// The second half reaches the disk first.
-    swapped: bool,
+    pub(super) swapped: bool,
     /// Falls back to the page cache.
-    buffered: bool,
+    pub(super) buffered: bool,
     /// The kernel syncs and drops what fell back before it answers.
-    tidy: bool,
-    copies: Copies,
+    pub(super) tidy: bool,
+    pub(super) copies: Copies,
     /// The memory, pinned, once the daemon that owned it is dead.
     pub(super) pinned: Option<Vec<Stamp>>,
     /// A ghost's further delay.
@@ -78,13 +87,9 @@ pub(super) struct InFlight {
 }
 
 impl InFlight {
-    pub(super) const fn buf(&self) -> Option<Buf> {
-        self.buf
-    }
-
     /// Whether the kernel is at work on the file for it: what changes the layout waits.
     pub(super) fn holds_layout(&self) -> bool {
-        matches!(self.class, Class::FileRead | Class::FileWrite) && self.step > 0
+        (self.class == Class::FileRead || self.class.writes_file()) && self.step > 0
     }
 }
 
@@ -134,16 +139,25 @@ impl Io for Port<'_> {
 
 impl World {
     fn start(&mut self, worker: WorkerId, id: OpId, op: Op) -> Poll<i32> {
-        let (class, place, buf) = match op {
-            Op::Read(Target::Device(at), buf) => (Class::RawRead, at.0, Some(buf)),
-            Op::Write(Target::Device(at), buf) => (Class::RawWrite, at.0, Some(buf)),
-            Op::Read(Target::Image(at), buf) => (Class::FileRead, at, Some(buf)),
-            Op::Write(Target::Image(at), buf) => (Class::FileWrite, at, Some(buf)),
-            Op::SyncDevice(at, _) => (Class::SyncDevice, at.0, None),
-            _ => (Class::SyncImage, 0, None),
+        let (class, place, buf, len) = match op {
+            Op::Read(Target::Device(at), buf) => (Class::RawRead, at.0, Some(buf), buf.len()),
+            Op::Write(Target::Device(at), buf) => (Class::RawWrite, at.0, Some(buf), buf.len()),
+            Op::Zeroes(Target::Device(at), len) => (Class::RawWrite, at.0, None, len),
+            Op::Read(Target::Image(at), buf) => (Class::FileRead, at, Some(buf), buf.len()),
+            Op::Write(Target::Image(at), buf) => (Class::FileWrite, at, Some(buf), buf.len()),
+            Op::Zeroes(Target::Image(at), len) => (Class::FileZeroes, at, None, len),
+            Op::SyncDevice(at, _) => (Class::SyncDevice, at.0, None, 0),
+            _ => (Class::SyncImage, 0, None, 0),
         };
+        if let Op::Zeroes(target, _) = op {
+            if !self.scenario.zeroes[usize::from(matches!(target, Target::Device(_)))] {
+                self.hit(Hazard::NoZeroes);
+                return Poll::Ready(EOPNOTSUPP);
+            }
+            self.hit(Hazard::Zeroes);
+        }
         let first = sectors(place);
-        let count = buf.map_or(0, |b| sectors(u64::from(b.len())));
+        let count = sectors(u64::from(len));
         let mut flight = InFlight {
             life: self.life,
             worker,
@@ -167,7 +181,7 @@ impl World {
             Class::SyncImage | Class::SyncDevice => Vec::new(),
             _ => self.host.blocks_of(&flight.sectors).collect(),
         };
-        self.check_submit(&flight, place);
+        self.check_submit(&flight, place, u64::from(len));
         if self.is_odd_end(&flight, place) {
             return Poll::Ready(EINVAL);
         }
@@ -213,7 +227,13 @@ impl World {
         } else if flight.class == Class::FileRead {
             flight.buffered = self.rng.chance(self.scenario.buffered_reads);
         }
-        if self.rng.chance(self.scenario.errors) {
+        if flight.buf.is_none() {
+            if self.rng.chance(self.scenario.errors) {
+                flight.error = EIO;
+                flight.moved = 0;
+                self.hit(Hazard::IoError);
+            }
+        } else if self.rng.chance(self.scenario.errors) {
             flight.error = EIO;
             flight.moved = align * self.rng.index(units + 1);
             self.hit(Hazard::IoError);
@@ -269,6 +289,7 @@ impl World {
             Class::RawRead | Class::RawWrite => self.raw_step(key, &flight),
             Class::FileRead => self.file_read_step(&mut flight),
             Class::FileWrite => self.file_write_step(key, &mut flight),
+            Class::FileZeroes => self.file_zeroes_step(&mut flight),
             Class::SyncImage if flight.error == 0 => self.host.fsync(),
             Class::SyncDevice if flight.error == 0 => self.host.flush_disk(),
             Class::SyncImage | Class::SyncDevice => {}
@@ -279,91 +300,6 @@ impl World {
         self.after(delay, Event::Step(key));
     }
 
-    /// Half of a raw transfer; a ghost's is checked like any other.
-    fn raw_step(&mut self, key: u64, flight: &InFlight) {
-        let middle = flight.moved / 2;
-        let first = (flight.step == 0) != flight.swapped;
-        let part = if first { 0..middle } else { middle..flight.moved };
-        if flight.class == Class::RawWrite && flight.life != self.life && !part.is_empty() {
-            self.hit(Hazard::GhostWrite);
-        }
-        for i in part {
-            let sector = flight.sectors.start + i;
-            self.check_place(sector, flight.class == Class::RawWrite, "landing");
-            if flight.class == Class::RawWrite {
-                let stamp = self.data(flight, i);
-                self.host.disk.write(sector, stamp, key);
-            } else if let Some(buf) = flight.buf {
-                let stamp = self.host.disk.read(sector);
-                self.receive(flight, buf, i, stamp);
-            }
-        }
-    }
-
-    fn file_read_step(&mut self, flight: &mut InFlight) {
-        if flight.step == 0 {
-            if !flight.buffered {
-                self.host.sync_range(&flight.sectors);
-            }
-            return;
-        }
-        let there = self.host.layout.size().saturating_sub(flight.sectors.start);
-        flight.moved = flight.moved.min(there);
-        let Some(buf) = flight.buf else { return };
-        for i in 0..flight.moved {
-            let sector = flight.sectors.start + i;
-            let stamp = if flight.buffered {
-                self.host.buffered_read(sector)
-            } else {
-                self.host.stored(sector)
-            };
-            self.receive(flight, buf, i, stamp);
-        }
-    }
-
-    fn file_write_step(&mut self, key: u64, flight: &mut InFlight) {
-        if flight.moved == 0 {
-            return;
-        }
-        let range = flight.sectors.start..flight.sectors.start + flight.moved;
-        self.trace(|| {
-            let way = if flight.buffered { "buffered" } else { "direct" };
-            format!("file write of sectors {range:?}, {way}, step {}", flight.step)
-        });
-        match (flight.buffered, flight.step) {
-            (true, 0) => {
-                self.hit(Hazard::BufferedFallback);
-                for i in 0..flight.moved {
-                    let stamp = self.data(flight, i);
-                    self.host.buffered_write(range.start + i, stamp);
-                }
-                self.maybe_stick(range.start);
-            }
-            (true, 1) if flight.tidy => {
-                self.host.sync_range(&range);
-                self.drop_pages(&range);
-            }
-            (true, 2) => {
-                let later = self.delay(100, 20_000);
-                self.after(later, Event::Writeback);
-            }
-            (true, _) => {}
-            (false, 0) => match self.host.prepare(&range, &mut self.rng) {
-                Some(copies) => flight.copies = copies,
-                None => flight.moved = 0,
-            },
-            (false, 1) => {
-                let data: Vec<Stamp> = (0..flight.moved).map(|i| self.data(flight, i)).collect();
-                self.host.transfer(&range, &flight.copies, key, |s| data[s - range.start]);
-            }
-            (false, _) => {
-                // The data's I/O has ended: a commit's barrier covers it.
-                self.host.disk.acknowledge(key);
-                self.host.convert(&range, &flight.copies, &mut self.rng);
-            }
-        }
-    }
-
     fn end_op(&mut self, key: u64, flight: &InFlight) {
         self.host.disk.acknowledge(key);
         if flight.life != self.life || !self.alive {
@@ -371,7 +307,9 @@ impl World {
             self.ghost_ended();
             return;
         }
-        let moved = i32::try_from(flight.moved * 512).unwrap_or(i32::MAX);
+        // What needs no memory says 0 when all of it is done.
+        let bytes = if flight.buf.is_some() { flight.moved * 512 } else { 0 };
+        let moved = i32::try_from(bytes).unwrap_or(i32::MAX);
         let result = if flight.error == 0 { moved } else { flight.error };
         self.trace(|| format!("w{} end {} = {result}", flight.worker.0, flight.id.0));
         let Some(ended) = self.ended.get_mut(&flight.worker) else { return };

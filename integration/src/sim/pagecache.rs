@@ -112,8 +112,20 @@ impl Cache {
     /// What direct I/O does before and after a write: the sectors are no longer cached,
     /// whatever holds their pages.
     pub(super) fn invalidate(&mut self, sectors: &Range<usize>) {
+        self.forget(sectors, true);
+    }
+
+    /// What the kernel does after a direct write: a page dirtied meanwhile stays.
+    pub(super) fn invalidate_clean(&mut self, sectors: &Range<usize>) {
+        self.forget(sectors, false);
+    }
+
+    fn forget(&mut self, sectors: &Range<usize>, dirty_too: bool) {
         for index in pages_of(sectors) {
             let Some(page) = self.pages.get_mut(&index) else { continue };
+            if page.dirty != 0 && !dirty_too {
+                continue;
+            }
             for sector in index * PAGE..(index + 1) * PAGE {
                 if sectors.contains(&sector) {
                     page.uptodate &= !bit(sector);

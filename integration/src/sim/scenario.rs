@@ -69,6 +69,10 @@ pub(super) struct Scenario {
     /// FIEMAP names other places than the true ones (R6).
     pub(super) lies: bool,
     pub(super) write_through: bool,
+    /// The filesystem can punch holes.
+    pub(super) punches: bool,
+    /// The filesystem can zero ranges; and the disk.
+    pub(super) zeroes: [bool; 2],
     /// The host's filesystem flushes the disk (no `barrier=0`).
     pub(super) barriers: bool,
     pub(super) mutant: Option<Mutant>,
@@ -103,6 +107,8 @@ impl Scenario {
             bounce_bytes,
             bounce_slots: u32::try_from(rng.range(1, 6)).unwrap_or(1),
             ops: u32::try_from(rng.range(4, 40)).unwrap_or(4),
+            zeroes_bytes: u64::from(fs_block) << rng.below(3),
+            punch_bytes: u64::from(fs_block) << rng.below(5),
             lease_fresh: (!identity).then_some(Duration::from_micros(LEASE_BREAK / 4)),
         };
         let rough = rng.chance(300);
@@ -138,6 +144,8 @@ impl Scenario {
             focus: if narrow { 920 } else { 550 },
             lies: start == Start::Eligible && rng.chance(20),
             write_through: rng.chance(100),
+            punches: !rng.chance(100),
+            zeroes: [!rng.chance(200), !rng.chance(100)],
             barriers: !rng.chance(150),
             mutant,
         }

@@ -144,12 +144,7 @@ impl Keeper {
         }
         self.commit.soil(Dirt { metadata: true, device: None });
         self.release(park);
-        // DISCARD is advice (virtio 1.3, 5.2.6.2): a filesystem that cannot punch is no error.
-        let errno = match result {
-            Err(errno) if errno != EOPNOTSUPP => errno,
-            _ => 0,
-        };
-        self.send(owner.0, ToWorker::Discarded(owner.1, errno));
+        self.send(owner.0, ToWorker::Discarded(owner.1, result.err().unwrap_or(0)));
         self.work();
     }
 
@@ -214,6 +209,3 @@ impl Keeper {
         }
     }
 }
-
-/// The errno for "this filesystem cannot"; the core knows no libc.
-const EOPNOTSUPP: i32 = 95;

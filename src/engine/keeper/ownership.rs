@@ -77,6 +77,12 @@ impl Keeper {
         self.leave(now, Why::SizeChanged);
     }
 
+    /// The file has lost blocks and it was not us, as by two changes of its size in a row (R5a):
+    /// the map is made anew.
+    pub fn blocks_lost(&mut self, now: Duration) {
+        self.leave(now, Why::BlocksLost);
+    }
+
     /// Stops direct mode for good and gives the lease back, for the end of the process. Done when
     /// [`Action::DropLease`] has come out; it comes in any case.
     pub fn shut_down(&mut self, now: Duration) {
@@ -100,7 +106,16 @@ impl Keeper {
         self.ownership = Ownership::Entering { job, cancelled: false };
     }
 
+    /// An `fsync` that failed is told once, and it was not a flush that heard it (R16).
+    fn hear_loss(&mut self, result: Result<(), Refusal>) {
+        if let Err(Refusal::Unsynced(errno)) = result {
+            self.commit.lost(errno);
+            self.report(Report::FlushFailed(errno));
+        }
+    }
+
     pub(super) fn entered(&mut self, now: Duration, id: JobId, result: Result<(), Refusal>) {
+        self.hear_loss(result);
         match self.ownership {
             Ownership::Entering { job, cancelled } if job == id => match result {
                 Ok(()) if cancelled => {
@@ -132,6 +147,7 @@ impl Keeper {
     }
 
     pub(super) fn confirmed(&mut self, now: Duration, id: JobId, result: Result<(), Refusal>) {
+        self.hear_loss(result);
         let Ownership::Confirming { job, park, .. } = self.ownership else { return };
         if job != id {
             return;
@@ -162,7 +178,7 @@ impl Keeper {
             Refusal::PagesCached => Why::PagesCached,
             Refusal::Changed => Why::Changed,
             Refusal::Mismatch => Why::Mismatch,
-            Refusal::Failed(_) => Why::Failed,
+            Refusal::Unsynced(_) | Refusal::Failed(_) => Why::Failed,
         };
         // A refusal that repeats is news only once.
         if self.why != why {
@@ -172,7 +188,9 @@ impl Keeper {
         self.refusals = self.refusals.saturating_add(1);
         match refusal {
             Refusal::Changed | Refusal::Mismatch => self.ownership = Ownership::Final,
-            Refusal::Busy | Refusal::PagesCached | Refusal::Failed(_) => self.retry(now),
+            Refusal::Busy | Refusal::PagesCached | Refusal::Unsynced(_) | Refusal::Failed(_) => {
+                self.retry(now)
+            }
         }
     }
 

@@ -2,10 +2,13 @@
 //! A request on its way: how much of it is still to be planned, and how it ends.
 
 use super::Worker;
+use crate::engine::Geometry;
 use crate::engine::barrier::Generation;
 use crate::engine::io::Tag;
 use crate::engine::message::ToKeeper;
-use crate::engine::request::{Request, Status};
+use crate::engine::ops::EOPNOTSUPP;
+use crate::engine::plan::Access;
+use crate::engine::request::{Kind, Request, Status};
 use crate::engine::units::FileRange;
 
 /// What a request is waiting for.
@@ -29,6 +32,8 @@ pub(super) struct Pending {
     pub(super) next: u64,
     /// Pieces that were planned and have to be planned again; empty as a rule.
     pub(super) redo: Vec<FileRange>,
+    /// What the request is about after this range, the next one last; empty as a rule.
+    pub(super) later: Vec<Kind>,
     /// Pieces in flight.
     pub(super) pieces: u32,
     pub(super) status: Status,
@@ -59,20 +64,106 @@ impl Pending {
         self.status = self.status.max(Status::IoError);
         self.next = self.request.kind.range().end;
         self.redo.clear();
+        self.later.clear();
+    }
+
+    pub(super) const fn access(&self) -> Access {
+        Access {
+            write: self.request.kind.writes(),
+            zeroes: matches!(self.request.kind, Kind::WriteZeroes { .. }),
+            locked: self.locked,
+            mem_aligned: self.request.mem_aligned,
+            base: self.request.kind.range().start,
+        }
+    }
+
+    /// The first part of a range: of a large one no more than may be locked, or be in the way of a
+    /// lease break, at a time (R17).
+    fn shorten(&mut self, g: &Geometry) {
+        let whole = self.request.kind.range();
+        let most = match self.request.kind {
+            Kind::Discard(_) | Kind::WriteZeroes { unmap: true, .. } => g.punch_bytes,
+            Kind::WriteZeroes { unmap: false, .. } => g.zeroes_bytes,
+            Kind::Read(_) | Kind::Write(_) | Kind::Flush => return,
+        };
+        // Cut where a block ends.
+        let end = (whole.start / most + 1).saturating_mul(most);
+        if whole.end > end {
+            self.later.push(self.request.kind.with_range(FileRange::new(end, whole.end)));
+            self.request.kind = self.request.kind.with_range(FileRange::new(whole.start, end));
+        }
+    }
+
+    /// The keeper has punched the whole blocks of the range, or says why not.
+    pub(super) fn punched(&mut self, errno: i32, block: u64) {
+        let range = self.request.kind.range();
+        self.next = range.end;
+        match (self.request.kind, errno) {
+            // DISCARD is advice (virtio 1.3, 5.2.6.2): a filesystem that cannot punch is no error.
+            (Kind::Discard(_), 0 | EOPNOTSUPP) => {}
+            (Kind::WriteZeroes { .. }, 0) => {
+                let inside = range.round_in(block);
+                let edges = [
+                    FileRange::new(inside.end, range.end),
+                    FileRange::new(range.start, inside.start),
+                ];
+                let edges = edges.into_iter().filter(|edge| !edge.is_empty());
+                self.later.extend(edges.map(|range| Kind::WriteZeroes { range, unmap: false }));
+            }
+            (Kind::WriteZeroes { .. }, EOPNOTSUPP) => {
+                self.later.push(Kind::WriteZeroes { range, unmap: false });
+            }
+            _ => self.fail(),
+        }
     }
 }
 
 impl Worker {
-    /// Everything is planned: ends the request once its pieces have ended.
-    pub(super) fn finish(&mut self, tag: Tag) {
+    /// Starts with a request's range: asks the keeper where it is not just reading and writing.
+    pub(super) fn begin(&mut self, tag: Tag) {
         let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
+        pending.shorten(&self.geometry);
+        let range = pending.request.kind.range();
+        pending.next = range.start;
+        let block = u64::from(self.geometry.fs_block);
+        match pending.request.kind {
+            Kind::Flush => self.ask(tag, ToKeeper::Flush(tag)),
+            Kind::Discard(_) | Kind::WriteZeroes { unmap: true, .. } => {
+                if range.round_in(block).is_empty() && self.rules.punch_rounded {
+                    // Nothing to give back: of a discard nothing is left, of zeroes the writing.
+                    pending.punched(EOPNOTSUPP, block);
+                } else {
+                    self.ask(tag, ToKeeper::Discard(tag, range));
+                }
+            }
+            Kind::Read(_) | Kind::Write(_) | Kind::WriteZeroes { unmap: false, .. } => {}
+        }
+    }
+
+    /// Everything of a range is planned: once its pieces have ended, goes on with the next (then it
+    /// says `true`) or ends the request.
+    pub(super) fn finish(&mut self, tag: Tag) -> bool {
+        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return false };
         if pending.pieces > 0 {
-            return;
+            return false;
         }
         if pending.locked {
-            let wrote_file = pending.wrote_file;
-            return self.ask(tag, ToKeeper::Unlock { tag, wrote_file });
+            let wrote_file = std::mem::take(&mut pending.wrote_file);
+            self.ask(tag, ToKeeper::Unlock { tag, wrote_file });
+            return false;
         }
+        if let Some(kind) = pending.later.pop() {
+            pending.request.kind = kind;
+            self.begin(tag);
+            return true;
+        }
+        self.end(tag);
+        false
+    }
+
+    /// Ends a request: a flush may be waiting for it, and in write-through it for a flush.
+    fn end(&mut self, tag: Tag) {
+        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
         if let Some(generation) = pending.generation.take() {
             let durable = self.write_through && pending.status == Status::Ok;
             self.generations.end(generation);

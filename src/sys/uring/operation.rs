@@ -64,6 +64,20 @@ pub(super) fn transfer(
     })
 }
 
+/// Zeros over `len` bytes of `target`, whose blocks stay. Of a device under a mounted filesystem the
+/// kernel does it without disturbing the other pages it caches of it.
+///
+/// `None` as for [`transfer`].
+pub(super) fn zeroes(target: Target, len: u32, device: bool) -> Option<squeue::Entry> {
+    let (file, offset) = match target {
+        Target::Image(offset) => (IMAGE, offset),
+        Target::Device(offset) => (device.then_some(DEVICE)?, offset.0),
+    };
+    in_range(offset, len)?;
+    let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+    Some(opcode::Fallocate::new(file, u64::from(len)).offset(offset).mode(mode).build())
+}
+
 /// `fdatasync` of the whole image.
 pub(super) fn sync_image() -> squeue::Entry {
     opcode::Fsync::new(IMAGE).flags(FsyncFlags::DATASYNC).build()

@@ -49,7 +49,7 @@ impl TaskRun {
 /// A ring for at most `ops` operations in flight with `files` as its fixed files, which signals
 /// `event` when completions are there; its completions come back by the first of `ways` that works.
 ///
-/// It is restricted to reads, writes and fsyncs of its fixed files: a bug in here cannot make the
+/// It is restricted to reads, writes, fsyncs and fallocates of its fixed files: a bug in here cannot make the
 /// kernel touch another file of this process. Restrictions work together with all the flags used,
 /// as the ring is made disabled and enabled last; by then this thread is its single issuer.
 ///
@@ -74,6 +74,10 @@ pub(super) fn ring(
     let submitter = uring.submitter();
     submitter.register_files(&files)?;
     submitter.register_eventfd(event.as_raw_fd())?;
+    // What would block goes to threads of the kernel's, by default four for each CPU. In a frozen
+    // filesystem file writes would keep all of them, and raw I/O that needs one too would never end:
+    // nor would a lease break, which waits for it (R2). A kernel before 5.15 cannot be told.
+    let _ = submitter.register_iowq_max_workers(&mut [ops, 0]);
     submitter.register_restrictions(&mut restrictions())?;
     submitter.register_enable_rings()?;
     Ok((uring, task_run))
@@ -96,7 +100,7 @@ fn best(ops: u32, ways: &[TaskRun]) -> io::Result<(IoUring, TaskRun)> {
     result
 }
 
-fn restrictions() -> [Restriction; 8] {
+fn restrictions() -> [Restriction; 9] {
     let fixed = squeue::Flags::FIXED_FILE.bits();
     [
         Restriction::sqe_op(opcode::Read::CODE),
@@ -104,6 +108,7 @@ fn restrictions() -> [Restriction; 8] {
         Restriction::sqe_op(opcode::Write::CODE),
         Restriction::sqe_op(opcode::Writev::CODE),
         Restriction::sqe_op(opcode::Fsync::CODE),
+        Restriction::sqe_op(opcode::Fallocate::CODE),
         Restriction::register_op(UNREGISTER_FILES),
         Restriction::sqe_flags_allowed(fixed),
         Restriction::sqe_flags_required(fixed),
