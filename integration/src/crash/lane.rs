@@ -154,6 +154,8 @@ impl<'a> Lane<'a> {
                     "{} crash {number} ({crash:?}) of seed {}, {:?}: {error}",
                     self.name, self.seed, self.service
                 );
+                let log = self.session.as_ref().map_or_else(String::new, |s| s.daemon.log());
+                let what = format!("{what}\nthe daemon's log:\n{log}");
                 self.session = None;
                 io::Error::other(what)
             })?;
@@ -383,9 +385,6 @@ impl<'a> Lane<'a> {
             for line in story.iter().skip(skip) {
                 text += &format!("\n  {line}");
             }
-        }
-        if let Some(session) = &self.session {
-            text += &format!("\nthe daemon's log:\n{}", session.daemon.log());
         }
         io::Error::other(text)
     }

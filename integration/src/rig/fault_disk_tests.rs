@@ -52,7 +52,7 @@ fn flushed_survives_and_unflushed_may_tear() {
         assert!(file.write_all_at(&[0; 512], 0).is_err());
         assert!(file.sync_all().is_err());
         disk.power_on();
-        let mut bytes = vec![0; BLOCKS as usize * BLOCK];
+        let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
         file.read_exact_at(&mut bytes, 0).unwrap();
         for (block, bytes) in bytes.chunks(BLOCK).enumerate() {
             let versions = sector_versions(bytes);
@@ -105,7 +105,7 @@ fn older_versions_come_back() {
         let survivors = after.survivors(Loss::Any, [].iter(), &mut Random::new(seed));
         after.apply(&Event::Cut { survivors });
         for version in sector_versions(after.bytes()) {
-            *seen.get_mut(version as usize).unwrap() += 1;
+            *seen.get_mut(usize::try_from(version).unwrap()).unwrap() += 1;
         }
     }
     let [zero, rest @ ..] = seen;
