@@ -16,6 +16,8 @@ NAME="test"
 NEXTEST_VERSION=0.9.143
 DENY_VERSION=0.20.2
 SEEDS=10000
+CUTS=200
+KILLS=20
 STARTED=$SECONDS
 steps=0
 
@@ -75,6 +77,19 @@ simulate() {
     cargo run --quiet --release --locked --package integration -- sim --seeds "$SEEDS"
 }
 
+# The daemon that is shipped, built by itself: together with the test tool it would get the tool's feature.
+crash_hosts() {
+    cargo build --quiet --release --locked --package extentd --bin extentd &&
+        cargo run --quiet --release --locked --package integration -- \
+            crash --cuts "$CUTS" --kills "$KILLS" --extentd "$target/release/extentd"
+}
+
+# A harness that cannot lose proves nothing: without R14's fdatasync it has to.
+crash_mutant() {
+    cargo run --quiet --release --locked --package integration -- \
+        crash --cuts "$CUTS" --kills "$KILLS" --mutant no-metadata-fsync
+}
+
 find_cargo
 install_packages "${PACKAGES_TEST[@]}"
 target=$(target_directory)
@@ -90,6 +105,8 @@ step "documentation" check_documentation
 step "unit and device tests" run_tests
 step "documentation tests" cargo test --quiet --locked --workspace --doc
 step "simulator" simulate
+step "power cuts and kills" crash_hosts
+step "power cuts notice a missing fdatasync" crash_mutant
 step "guest" integration/boot.sh
 step "nothing left behind" nothing_left
 say "ok (steps=$steps, seconds=$((SECONDS - STARTED)))"

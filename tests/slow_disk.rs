@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use integration::rig::fault_disk::{Operation, Rule};
 use integration::rig::frontend::{self, Frontend, kind};
 use integration::rig::model::Model;
-use integration::rig::slow_disk::{Operation, Rule};
 use integration::rig::wait::until;
 use integration::rig::workload::Workload;
 use integration::rig::{
-    Backing, Bed, Client, ClientOptions, Daemon, LoopDisk, Queue, Request, Rig, Setup, Shape,
-    SlowDisk,
+    Backing, Bed, Client, ClientOptions, Daemon, FaultDisk, LoopDisk, Queue, Request, Rig, Setup,
+    Shape,
 };
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
@@ -23,14 +23,14 @@ const SOON: Duration = Duration::from_secs(2);
 const GHOST: [u8; 4096] = [0x67; 4096];
 const NEWER: [u8; 4096] = [0x6e; 4096];
 
-fn slow_disk(rig: &Rig) -> (SlowDisk, Setup) {
-    let slow = SlowDisk::mount(64 * MIB, &rig.dir("slow").unwrap()).unwrap();
+fn slow_disk(rig: &Rig) -> (FaultDisk, Setup) {
+    let slow = FaultDisk::mount(64 * MIB, &rig.dir("slow").unwrap()).unwrap();
     let setup = Setup { backing: Backing::File(slow.path()), ..Setup::default() };
     (slow, setup)
 }
 
 /// Submits a write whose data is recognised by the slow disk and waits until the disk has it.
-fn write_slowly(slow: &SlowDisk, queue: &mut Queue, offset: u64, rule: Rule) {
+fn write_slowly(slow: &FaultDisk, queue: &mut Queue, offset: u64, rule: Rule) {
     let before = slow.counts().hit;
     slow.add(rule.starting(&GHOST).times(1));
     queue.submit(Request::Write { offset, data: &GHOST }, &Shape::whole(), 1).unwrap();
@@ -77,7 +77,7 @@ fn sigkill_with_a_write_in_flight_in_filesystem_mode() {
 #[test]
 fn sigkill_with_a_write_in_flight_to_a_block_device() {
     let Some(rig) = Rig::enter() else { return };
-    let slow = SlowDisk::mount(64 * MIB, &rig.dir("slow").unwrap()).unwrap();
+    let slow = FaultDisk::mount(64 * MIB, &rig.dir("slow").unwrap()).unwrap();
     let disk = LoopDisk::attach(0, 512, &Backing::File(slow.path())).unwrap();
     let run = rig.dir("run").unwrap();
     let start_daemon = || Daemon::start(Path::new(PROGRAM), &run, disk.path(), &[]).unwrap();

@@ -2,5 +2,6 @@
 //! The rigs, simulator and benches that hold extentd to its rules.
 
 pub mod bench;
+pub mod crash;
 pub mod rig;
 pub mod sim;

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The commands that hold extentd to its rules.
 
+use std::error::Error;
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use integration::{bench, sim};
+use extentd::config::invocation::{self, Invocation};
+use extentd::server::{self, AllSignals};
+use integration::{bench, crash, sim};
 
 /// Rigs, simulator and benches of extentd.
 #[derive(Debug, Parser)]
@@ -17,6 +21,17 @@ struct Cli {
 enum Command {
     /// Run the engine over a simulated host, many seeds of it.
     Sim(sim::Options),
+    /// Cut the power of hosts and kill daemons, and see whether anything promised is lost.
+    Crash(crash::Options),
+    /// Be an extentd that breaks one rule, for `crash --mutant`.
+    #[command(name = crash::MUTANT_DAEMON, hide = true)]
+    MutantDaemon {
+        /// Which rule.
+        mutant: sim::Mutant,
+        /// What extentd is told.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Time extentd beside qemu-storage-daemon and no server at all.
     Bench(bench::BenchArgs),
 }
@@ -25,6 +40,25 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Sim(options) if sim::simulate(&options) => ExitCode::SUCCESS,
         Command::Sim(_) => ExitCode::FAILURE,
+        Command::Crash(options) if crash::crash(&options) => ExitCode::SUCCESS,
+        Command::Crash(_) => ExitCode::FAILURE,
+        Command::MutantDaemon { mutant, arguments } => match serve(mutant, arguments) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => invocation::fail(&error, 1),
+        },
         Command::Bench(args) => bench::run(args),
     }
+}
+
+/// What extentd's `main` does, without the rule that `mutant` breaks.
+fn serve(mutant: sim::Mutant, arguments: Vec<OsString>) -> Result<(), Box<dyn Error>> {
+    let arguments = std::iter::once("extentd".into()).chain(arguments);
+    let Invocation::Serve(config) = invocation::parse(arguments)? else {
+        return Err("nothing to serve was named".into());
+    };
+    // Before any thread exists (R1).
+    let signals = AllSignals::block()?;
+    server::start_log(&config);
+    server::run_under(&config, sim::Mutant::rules(Some(mutant)), signals)?;
+    Ok(())
 }

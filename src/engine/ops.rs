@@ -258,7 +258,9 @@ impl Worker {
         let left = length(op.piece.unit) - op.done;
         match u32::try_from(result) {
             Ok(_) if op.by_reference() => return self.half_done(io, id, op),
-            Err(_) if op.by_reference() && result == -EOPNOTSUPP => {
+            Err(_) if op.by_reference() => {
+                // What writing them says is the answer: the kernel refuses this for reasons of its own, such as
+                // pages of the device that it has yet to let go of.
                 self.give_back(id, &op);
                 return self.bounce_zeroes(io, op.tag, op.piece.range);
             }

@@ -276,12 +276,27 @@ fn all_ranges_of_a_request_are_done_before_its_one_answer_and_a_flush_waits_for_
 fn a_range_that_fails_ends_the_request_and_the_later_ones_are_left_alone() {
     let mut rig = Rig::new(MAPPED, Start::Eligible);
     rig.write(range(0, 4), 7);
-    rig.world.results.push_back(-5);
+    // The zeroing, and the writing of zeros in its place.
+    rig.world.results.extend([-5, -5]);
     let request = Request { kind: zeroes(range(0, 1), false), mem_aligned: true };
     rig.worker.accept_all(&mut rig.world, Tag(31), request, &[zeroes(range(2, 1), false)]);
     rig.run();
     assert_eq!(rig.done[&Tag(31)], Status::IoError);
     assert_eq!(rig.read(range(2, 1)), vec![7; BLOCK as usize]);
+}
+
+/// EBUSY, say: the kernel may refuse a range of the device for reasons of its own.
+#[test]
+fn zeros_that_the_kernel_refuses_are_written() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.write(range(0, 4), 7);
+    rig.world.results.push_back(-16);
+    let request = Request { kind: zeroes(range(0, 1), false), mem_aligned: true };
+    rig.worker.accept_all(&mut rig.world, Tag(31), request, &[]);
+    rig.run();
+    assert_eq!(rig.done[&Tag(31)], Status::Ok);
+    assert_eq!(rig.read(range(0, 1)), vec![0; BLOCK as usize]);
+    assert_eq!(rig.read(range(1, 1)), vec![7; BLOCK as usize]);
 }
 
 /// Takes operations and ends none by itself.

@@ -174,7 +174,7 @@ impl Image {
         self.file.as_fd()
     }
 
-    /// What raw I/O goes to, if there can be any; for a block device the image itself.
+    /// What raw I/O and device flushes go to, if there can be any; for a block device the image itself.
     #[must_use]
     pub fn device_fd(&self) -> Option<BorrowedFd<'_>> {
         match (&self.device, self.block_device) {
@@ -227,7 +227,7 @@ impl Image {
     }
 
     /// Whether a sync of the file flushes the device's cache too (R14): not under `barrier=0`. Where
-    /// no device is open that is the filesystem's business.
+    /// no device is open there is nothing to be done about it.
     #[must_use]
     pub fn barriers(&self) -> bool {
         self.device.is_none() || eligible::barriers(self.identity.dev)

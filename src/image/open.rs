@@ -252,11 +252,14 @@ pub(super) fn lease_break_time() -> Duration {
 impl Image {
     /// Finds out how it may be served.
     fn choose(&mut self, mode: ModeChoice) -> Result<(), OpenError> {
-        if mode == ModeChoice::Filesystem {
+        if self.block_device.is_some() {
+            if mode != ModeChoice::Filesystem {
+                self.start = Start::Identity;
+            }
             return Ok(());
         }
-        if self.block_device.is_some() {
-            self.start = Start::Identity;
+        if mode == ModeChoice::Filesystem {
+            self.open_for_flushes();
             return Ok(());
         }
         match self.make_eligible() {
@@ -265,12 +268,30 @@ impl Image {
                 return Err(OpenError::NotDirect { reason });
             }
             Err(reason) => {
-                // Nothing raw will ever be done: the device is not kept open for nothing.
-                self.device = None;
+                self.open_for_flushes();
                 self.not_eligible = Some(reason);
             }
         }
         Ok(())
+    }
+
+    /// Nothing raw will ever be done: the device is not kept open for nothing. But where the filesystem does not flush it, that
+    /// is ours to do (R14), and takes no right to write.
+    fn open_for_flushes(&mut self) {
+        self.device = None;
+        let number = self.identity.dev;
+        if eligible::barriers(number) {
+            return;
+        }
+        match device::open_number(number, true) {
+            Ok(device) => self.device = Some(device),
+            Err((node, error)) => tracing::warn!(
+                "{}: its filesystem is mounted without barriers, and the disk below ({}) cannot be opened to be flushed: \
+                 {error}; what the guest flushes may be lost with the power",
+                self.path.display(),
+                node.display()
+            ),
+        }
     }
 
     /// Every item of R5, the device, the lease and R6's first comparison.

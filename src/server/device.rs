@@ -26,6 +26,7 @@ impl Files for Image {
 /// What every session of this daemon is made of.
 pub(super) fn describe(
     config: &Config,
+    rules: Rules,
     image: &Arc<Image>,
     shared: Arc<Shared>,
     inbox: Poster,
@@ -43,7 +44,7 @@ pub(super) fn describe(
             discard_block: image.geometry().fs_block,
         },
         lease: image.start() == Start::Eligible,
-        rules: Rules::default(),
+        rules,
         shared,
         num_queues: config.num_queues,
         queue_size: config.queue_size,

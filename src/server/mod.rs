@@ -31,6 +31,7 @@ use std::time::Duration;
 use tracing::{info, warn};
 
 use crate::config::{Config, Endpoint, Mode};
+use crate::engine::Rules;
 use crate::engine::shared::Shared;
 use crate::image::{Image, ModeChoice, OpenError, Options};
 use crate::inbox::{Inbox, Poster, inbox};
@@ -143,6 +144,15 @@ struct Server<'a> {
 /// # Errors
 /// Why it could not start, or had to end.
 pub fn run(config: &Config, signals: AllSignals) -> Result<(), ServeError> {
+    run_under(config, Rules::default(), signals)
+}
+
+/// The same under other rules, which only a build with the feature `mutants` can make: a daemon that
+/// breaks one shows whether a test on real disks notices.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_under(config: &Config, rules: Rules, signals: AllSignals) -> Result<(), ServeError> {
     // A descriptor's number is only known to be the inherited one before others are opened.
     let inherited = match &config.endpoint {
         Endpoint::Fd(fd) => Some(socket::inherit(*fd)?),
@@ -154,7 +164,7 @@ pub fn run(config: &Config, signals: AllSignals) -> Result<(), ServeError> {
     };
     let (inbox, poster) = inbox().map_err(failed("make an event descriptor"))?;
     let Some(image) = open_image(config, &signals.stop)? else { return Ok(()) };
-    let mut server = Server::new(config, image, signals, inbox, poster)?;
+    let mut server = Server::new(config, rules, image, signals, (inbox, poster))?;
     server.serve(inherited)?;
     server.finish()
 }
@@ -210,16 +220,16 @@ fn image_options(config: &Config) -> Options {
 impl<'a> Server<'a> {
     fn new(
         config: &'a Config,
+        rules: Rules,
         image: Arc<Image>,
         signals: AllSignals,
-        inbox: Inbox,
-        poster: Poster,
+        (inbox, poster): (Inbox, Poster),
     ) -> Result<Self, ServeError> {
         let started = now();
         let shared = Arc::new(Shared::new());
         let device =
-            Arc::new(device::describe(config, &image, Arc::clone(&shared), poster.clone()));
-        let owner = Owner::new(&image, shared, config, poster, started)
+            Arc::new(device::describe(config, rules, &image, Arc::clone(&shared), poster.clone()));
+        let owner = Owner::new(&image, rules, shared, config, poster, started)
             .map_err(failed("start a thread"))?;
         let watch = image.watch().map_err(failed("watch the image"))?;
         let poll = Poll::new().map_err(failed("make an epoll set"))?;

@@ -39,6 +39,7 @@ pub(super) struct Owner {
 impl Owner {
     pub(super) fn new(
         image: &Arc<Image>,
+        rules: Rules,
         shared: Arc<Shared>,
         config: &Config,
         inbox: Poster,
@@ -53,7 +54,7 @@ impl Owner {
             proven: image.proven(),
             barriers: image.barriers(),
             strict: config.strict,
-            rules: Rules::default(),
+            rules,
         };
         Ok(Self {
             keeper: Keeper::new(keeper, shared, now),

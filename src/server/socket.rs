@@ -14,7 +14,7 @@ use rustix::fs::{FlockOperation, Mode};
 use rustix::io::Errno;
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use rustix::process::{PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::config::SocketOptions;
 use crate::sys::process::{adopt, peer_pid};
@@ -25,9 +25,11 @@ const BACKLOG: i32 = 16;
 /// calls under it.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
-/// How long a killed process may take to let go of its socket. Its disk does not count: the kernel
-/// closes sockets before it waits for that.
+/// How long a process is given to let go of its socket that does not look killed.
 const DEATH: Duration = Duration::from_secs(2);
+/// How long one that does: a worker of its io_uring shares its descriptors, and may have a sync or a
+/// zeroing to finish on a slow disk. As long as the image's lock is waited for (R1a).
+const LAST_IO: Duration = Duration::from_secs(60);
 
 /// Why there is no socket. One line, with the fix.
 #[derive(Debug, thiserror::Error)]
@@ -89,11 +91,30 @@ pub(crate) fn probe(path: &Path) -> Result<(), SocketError> {
     }
 }
 
-/// Whether a process, by its pidfd, ends within [`DEATH`].
-fn ends_soon(process: &OwnedFd) -> bool {
-    let timeout = Timespec::try_from(DEATH).ok();
-    let mut ended = [PollFd::new(process, PollFlags::IN)];
-    rustix::event::poll(&mut ended, timeout.as_ref()).is_ok_and(|count| count > 0)
+/// Whether a process ends within [`DEATH`], or within [`LAST_IO`] if it has been killed.
+fn ends_soon(process: &Process) -> bool {
+    let start = Instant::now();
+    loop {
+        let timeout = Timespec::try_from(DEATH).ok();
+        let mut ended = [PollFd::new(&process.fd, PollFlags::IN)];
+        if rustix::event::poll(&mut ended, timeout.as_ref()).is_ok_and(|count| count > 0) {
+            return true;
+        }
+        if !is_dying(process.pid) || start.elapsed() >= LAST_IO {
+            return false;
+        }
+    }
+}
+
+/// Whether a process is on its way out: its first thread has ended, or has begun to.
+fn is_dying(pid: Pid) -> bool {
+    const PF_EXITING: u32 = 4;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name, which comes before, may contain spaces and parentheses.
+    let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let state = fields.next();
+    let flags = fields.nth(5).and_then(|flags| flags.parse::<u32>().ok()).unwrap_or(0);
+    matches!(state, Some("Z" | "X")) || flags & PF_EXITING != 0
 }
 
 /// A non-blocking listening socket; its file goes with it.
@@ -200,7 +221,20 @@ enum State {
     Free,
     Stale,
     /// Somebody listens: the process, if it can be seen.
-    Live(Option<OwnedFd>),
+    Live(Option<Process>),
+}
+
+/// A process that is there, whatever becomes of its number.
+struct Process {
+    pid: Pid,
+    fd: OwnedFd,
+}
+
+impl Process {
+    fn open(pid: Pid) -> Option<Process> {
+        let fd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        Some(Process { pid, fd })
+    }
 }
 
 /// What is at `path`. A socket nobody listens on refuses connections.
@@ -221,7 +255,7 @@ fn state(path: &Path) -> Result<State, SocketError> {
         Err(Errno::AGAIN | Errno::PROTOTYPE) => Ok(State::Live(None)),
         Ok(()) => {
             let peer = peer_pid(socket.as_fd());
-            Ok(State::Live(peer.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())))
+            Ok(State::Live(peer.and_then(Process::open)))
         }
         Err(Errno::CONNREFUSED) => Ok(State::Stale),
         Err(Errno::NOENT) => Ok(State::Free),

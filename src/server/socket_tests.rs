@@ -113,3 +113,17 @@ fn an_inherited_socket_is_recognised() {
     let (datagram, _other) = UnixDatagram::pair().unwrap();
     assert!(matches!(inherit(datagram.into_raw_fd()), Err(SocketError::WrongKind { .. })));
 }
+
+/// A killed process is told from a living one, whatever still holds its sockets open.
+#[test]
+fn a_killed_process_is_seen_to_be_dying() {
+    let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    let pid = Pid::from_child(&child);
+    assert!(!is_dying(pid) && !is_dying(rustix::process::getpid()));
+    child.kill().unwrap();
+    let process = Process::open(pid).unwrap();
+    assert!(ends_soon(&process));
+    // Not waited for yet: a zombie.
+    assert!(is_dying(pid));
+    child.wait().unwrap();
+}

@@ -16,7 +16,7 @@ mod syscalls;
 
 use std::io;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
@@ -26,6 +26,7 @@ use self::load::{Timing, Workload};
 use self::report::{Environment, IdleRow, Report, Row};
 use self::subject::{Bed, Device, Outcome, Subject};
 use crate::rig::command::{context, run as run_tool};
+use crate::rig::program;
 
 /// Options of `integration bench`.
 #[derive(Debug, Args)]
@@ -107,7 +108,7 @@ impl Bench {
         let measured = positive(args.seconds.unwrap_or(if args.quick { 1.0 } else { 2.0 }))?;
         let program = match &args.extentd {
             Some(program) => program.clone(),
-            None => build()?,
+            None => program::build()?,
         };
         let size = args.size << 20;
         let bed = Bed::make(&program, args.device, size)?;
@@ -190,28 +191,6 @@ fn positive(seconds: f64) -> io::Result<Duration> {
     match Duration::try_from_secs_f64(seconds) {
         Ok(time) if !time.is_zero() => Ok(time),
         _ => Err(io::Error::other("--seconds must be more than 0")),
-    }
-}
-
-/// Builds the workspace's extentd in release, or finds it up to date, and says where it is.
-fn build() -> io::Result<PathBuf> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
-    let output = Command::new(cargo)
-        .args(["build", "--release", "--bin", "extentd", "--message-format=json"])
-        .args(["--manifest-path", manifest])
-        .stderr(std::process::Stdio::inherit())
-        .output()
-        .map_err(context("cargo (or name a program with --extentd)"))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let program = text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter_map(|message| message.get("executable")?.as_str().map(PathBuf::from))
-        .next_back();
-    match program {
-        Some(program) if output.status.success() => Ok(program),
-        _ => Err(io::Error::other("extentd does not build")),
     }
 }
 

@@ -35,9 +35,21 @@ impl Daemon {
     ///
     /// When it ends instead, the error is what it said.
     pub fn start(program: &Path, dir: &Path, image: &Path, options: &[&str]) -> io::Result<Daemon> {
+        Daemon::start_as(program, &[], dir, image, options)
+    }
+
+    /// The same, for a program that becomes extentd when its first arguments are `role`.
+    pub fn start_as(
+        program: &Path,
+        role: &[&str],
+        dir: &Path,
+        image: &Path,
+        options: &[&str],
+    ) -> io::Result<Daemon> {
         let (socket, control) = (dir.join("blk.sock"), dir.join("ctl.sock"));
-        let mut args: Vec<OsString> =
-            vec!["--blk-file".into(), image.into(), "--socket-path".into(), socket.clone().into()];
+        let mut args: Vec<OsString> = role.iter().map(OsString::from).collect();
+        args.extend(["--blk-file".into(), image.into()]);
+        args.extend(["--socket-path".into(), socket.clone().into()]);
         args.extend(["--control-path".into(), control.clone().into()]);
         args.extend(options.iter().map(OsString::from));
         Daemon::spawn(program, &args, dir, socket, control)

@@ -18,7 +18,7 @@ pub enum Backing {
     Memory,
     /// An unnamed file on the host's disk, used with direct I/O, so that requests take time.
     HostDisk,
-    /// An existing file, used with direct I/O (see [`super::SlowDisk`]).
+    /// An existing file, used with direct I/O (see [`super::FaultDisk`]).
     File(PathBuf),
 }
 

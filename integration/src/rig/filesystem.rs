@@ -45,7 +45,8 @@ impl Kind {
         u64::from(sector) <= self.block()
     }
 
-    fn format(self, device: &Path) -> io::Result<()> {
+    /// Makes one on `device`.
+    pub fn format(self, device: &Path) -> io::Result<()> {
         let (program, args): (&str, &[&str]) = match self {
             Kind::Ext2 => ("mkfs.ext2", &["-q", "-F", "-b", "4096", "-m", "0"]),
             Kind::Ext3 => ("mkfs.ext3", &["-q", "-F", "-b", "4096", "-m", "0"]),
@@ -60,7 +61,8 @@ impl Kind {
         run(program, &all).map(drop)
     }
 
-    fn check(self, device: &Path) -> io::Result<()> {
+    /// Has its fsck look for damage on `device`, which is not mounted, without repairing any.
+    pub fn check(self, device: &Path) -> io::Result<()> {
         let (program, args): (&str, &[&str]) = match self {
             Kind::Ext2 | Kind::Ext3 | Kind::Ext4 | Kind::Ext4Small => ("e2fsck", &["-f", "-n"]),
             Kind::Xfs | Kind::XfsReflink => ("xfs_repair", &["-n"]),
@@ -82,7 +84,12 @@ pub struct Mount {
 impl Mount {
     /// Mounts `device` on `target`, which must exist.
     pub fn device(device: &Path, target: &Path) -> io::Result<Mount> {
-        run("mount", &[device, target])?;
+        Mount::with_options(device, target, "defaults")
+    }
+
+    /// The same with mount options.
+    pub fn with_options(device: &Path, target: &Path, options: &str) -> io::Result<Mount> {
+        run("mount", &["-o".as_ref(), options.as_ref(), device.as_os_str(), target.as_os_str()])?;
         Ok(Mount { target: target.into(), mounted: true })
     }
 

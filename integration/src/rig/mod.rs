@@ -7,9 +7,9 @@
 //!
 //! | part | what it is |
 //! |---|---|
-//! | [`disk::LoopDisk`] | a loop device with 512 or 4096-byte sectors over memory, a disk file or a [`slow_disk::SlowDisk`] |
+//! | [`disk::LoopDisk`] | a loop device with 512 or 4096-byte sectors over memory, a disk file or a [`fault_disk::FaultDisk`] |
 //! | [`filesystem::Filesystem`] | a formatted and mounted loop device that can be checked by its own fsck |
-//! | [`slow_disk::SlowDisk`] | a FUSE file whose reads, writes and flushes can be delayed, held or failed at run time |
+//! | [`fault_disk::FaultDisk`] | a FUSE file with a volatile write cache: its requests can be delayed, held or failed, its power cut |
 //! | [`image`] | makers of written, sparse, fallocated, fragmented and mixed image files |
 //! | [`daemon::Daemon`] | a running extentd (or its peer) with its log and status |
 //! | [`client::Client`] | libblkio's virtio-blk driver over vhost-user, with deadlines |
@@ -21,17 +21,20 @@ pub mod client;
 pub mod command;
 pub mod daemon;
 pub mod disk;
+pub mod fault_disk;
+mod fault_disk_fs;
+mod fault_disk_platter;
+mod fault_disk_power;
+mod fault_disk_rules;
 pub mod filesystem;
 pub mod frontend;
 pub mod image;
 pub mod model;
+pub mod program;
 pub mod queue;
 pub mod random;
 pub mod ring;
 pub mod scope;
-pub mod slow_disk;
-mod slow_disk_fs;
-mod slow_disk_rules;
 pub mod stamped;
 pub mod wait;
 pub mod workload;
@@ -40,13 +43,16 @@ pub use bed::{Bed, Setup};
 pub use client::{Client, ClientOptions};
 pub use daemon::{Daemon, Status};
 pub use disk::{Backing, LoopDisk};
+pub use fault_disk::FaultDisk;
 pub use filesystem::{Filesystem, Kind, Mount};
 pub use image::Layout;
 pub use queue::{Done, Queue, Request, Shape};
 pub use random::Random;
 pub use scope::Rig;
-pub use slow_disk::SlowDisk;
 
+#[cfg(test)]
+#[path = "fault_disk_tests.rs"]
+mod fault_disk_tests;
 #[cfg(test)]
 #[path = "rig_tests.rs"]
 mod rig_tests;

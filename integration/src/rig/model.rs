@@ -69,7 +69,8 @@ pub fn stamp(block: u64, version: u64) -> Vec<u8> {
         .collect()
 }
 
-fn stamp_sector(block: u64, sector: u64, version: u64) -> Vec<u8> {
+/// One sector of such a block.
+pub fn stamp_sector(block: u64, sector: u64, version: u64) -> Vec<u8> {
     let seed = block.wrapping_mul(0x1_0001) ^ (version << 40) ^ (sector << 32);
     let mut bytes = Vec::with_capacity(SECTOR);
     for word in [block, sector, version, seed] {
@@ -79,25 +80,34 @@ fn stamp_sector(block: u64, sector: u64, version: u64) -> Vec<u8> {
     bytes
 }
 
+/// What a sector says it is: its block, its place in that, its version.
+fn named(bytes: &[u8]) -> [u64; 3] {
+    [0, 1, 2].map(|n| {
+        let mut word = [0; 8];
+        word.iter_mut().zip(bytes.iter().skip(8 * n)).for_each(|(to, from)| *to = *from);
+        u64::from_le_bytes(word)
+    })
+}
+
+/// Block, sector in the block and version of a sector that is whole.
+pub fn stamp_of(bytes: &[u8]) -> Option<(u64, u64, u64)> {
+    let [block, sector, version] = named(bytes);
+    (stamp_sector(block, sector, version) == bytes).then_some((block, sector, version))
+}
+
 /// The version of each of a block's sectors; an error if one is not a whole sector of that block.
 pub fn versions(block: u64, bytes: &[u8]) -> io::Result<Vec<u64>> {
     let sectors = bytes.chunks(SECTOR).enumerate();
     sectors
-        .map(|(sector, bytes)| {
-            let word = |n: usize| -> u64 {
-                let mut word = [0; 8];
-                word.iter_mut().zip(bytes.iter().skip(8 * n)).for_each(|(to, from)| *to = *from);
-                u64::from_le_bytes(word)
-            };
-            let version = word(2);
-            if stamp_sector(block, sector as u64, version) == bytes {
-                return Ok(version);
+        .map(|(sector, bytes)| match stamp_of(bytes) {
+            Some((b, s, version)) if b == block && s == sector as u64 => Ok(version),
+            _ => {
+                let [b, s, v] = named(bytes);
+                let what = format!(
+                    "block {block} sector {sector}: not whole (it names {b}, {s}, version {v})"
+                );
+                Err(io::Error::new(io::ErrorKind::InvalidData, what))
             }
-            let (b, s, v) = (word(0), word(1), word(2));
-            let what = format!(
-                "block {block} sector {sector}: not whole (it names {b}, {s}, version {v})"
-            );
-            Err(io::Error::new(io::ErrorKind::InvalidData, what))
         })
         .collect()
 }

@@ -36,6 +36,22 @@ pub enum Request<'a> {
         /// What to write.
         data: &'a [u8],
     },
+    /// Tells that the bytes are not needed.
+    Discard {
+        /// The first byte.
+        offset: u64,
+        /// How many.
+        len: u64,
+    },
+    /// Makes the bytes zero.
+    WriteZeroes {
+        /// The first byte.
+        offset: u64,
+        /// How many.
+        len: u64,
+        /// Whether their space may be given up.
+        unmap: bool,
+    },
     /// Makes every completed write durable.
     Flush,
 }
@@ -163,7 +179,7 @@ impl Queue {
         let len = match request {
             Request::Read { len, .. } => len,
             Request::Write { data, .. } => data.len(),
-            Request::Flush => 0,
+            Request::Discard { .. } | Request::WriteZeroes { .. } | Request::Flush => 0,
         };
         let pieces = shape.pieces(len);
         if pieces.last().is_some_and(|(at, len)| at + len > self.slot_size) {
@@ -193,6 +209,10 @@ impl Queue {
             Request::Write { offset, .. } => {
                 // SAFETY: as for the read above.
                 unsafe { self.ring.writev(offset, vectors.as_ptr(), vectors.len(), context) }
+            }
+            Request::Discard { offset, len } => self.ring.discard(offset, len, context),
+            Request::WriteZeroes { offset, len, unmap } => {
+                self.ring.write_zeroes(offset, len, unmap, context)
             }
             Request::Flush => self.ring.flush(context),
         };
@@ -259,6 +279,20 @@ impl Queue {
                 ));
             }
         }
+    }
+
+    /// What completes within `limit`, if anything does; for a device that may be gone.
+    pub fn wait_at_most(&mut self, limit: Duration) -> io::Result<Vec<Done>> {
+        let done = self.collect()?;
+        if !done.is_empty() {
+            return Ok(done);
+        }
+        // SAFETY: the descriptor is open as long as `self.call`, which outlives this borrow.
+        let call = unsafe { BorrowedFd::borrow_raw(self.call.as_raw_fd()) };
+        if wait::readable(call, limit)? {
+            self.call.read()?;
+        }
+        self.collect()
     }
 
     /// Waits until nothing is in flight.

@@ -5,9 +5,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
+use super::fault_disk::{Operation, Rule};
 use super::frontend::{self, Frontend, kind};
 use super::model::Model;
-use super::slow_disk::{Operation, Rule};
 use super::workload::Workload;
 use super::*;
 
@@ -62,7 +62,7 @@ fn the_clients_drive_the_peer() {
 #[test]
 fn a_slow_disk_is_slow_where_it_is_told() {
     let Some(rig) = Rig::enter() else { return };
-    let slow = SlowDisk::mount(64 * MIB, &rig.dir("slow").unwrap()).unwrap();
+    let slow = FaultDisk::mount(64 * MIB, &rig.dir("slow").unwrap()).unwrap();
     {
         let fs = Filesystem::make(
             Kind::Ext4,

@@ -32,8 +32,13 @@ impl Mutant {
         Self::PunchUnrounded,
     ];
 
-    /// The engine's rules under it; two of the mutants are the world's.
-    pub(super) fn rules(this: Option<Self>) -> Rules {
+    /// Whether it is a rule of the engine that it breaks; two of the mutants are the simulated world's.
+    pub fn is_of_the_engine(self) -> bool {
+        Self::rules(Some(self)) != Rules::default()
+    }
+
+    /// The engine's rules under it.
+    pub fn rules(this: Option<Self>) -> Rules {
         match this {
             Some(Self::NoGeneration) => Rules::without_generation(),
             Some(Self::NoDrain) => Rules::without_drain(),

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The slow disk as a filesystem: a root directory and one file.
+//! The fault disk as a filesystem: a root directory and one file.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, UNIX_EPOCH};
@@ -15,7 +13,8 @@ use fuser::{
     ReplyWrite, Request, WriteFlags,
 };
 
-use super::slow_disk_rules::{Fate, Operation, Rules};
+use super::fault_disk_power::Power;
+use super::fault_disk_rules::{Fate, Operation, Rules};
 
 /// The file's name.
 pub(super) const NAME: &str = "disk";
@@ -23,15 +22,15 @@ const INODE: INodeNo = INodeNo(2);
 const TTL: Duration = Duration::from_secs(3600);
 
 #[derive(Debug)]
-pub(super) struct SlowFs {
-    bytes: Arc<File>,
+pub(super) struct FaultFs {
+    power: Arc<Power>,
     size: u64,
     rules: Arc<Rules>,
 }
 
-impl SlowFs {
-    pub(super) fn new(bytes: Arc<File>, size: u64, rules: Arc<Rules>) -> SlowFs {
-        SlowFs { bytes, size, rules }
+impl FaultFs {
+    pub(super) fn new(power: Arc<Power>, size: u64, rules: Arc<Rules>) -> FaultFs {
+        FaultFs { power, size, rules }
     }
 
     fn attributes(&self, inode: INodeNo) -> Option<FileAttr> {
@@ -75,7 +74,7 @@ impl SlowFs {
     }
 }
 
-impl Filesystem for SlowFs {
+impl Filesystem for FaultFs {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let missing = |_| io::Error::other("this kernel's FUSE cannot do asynchronous direct I/O");
         config.add_capabilities(InitFlags::FUSE_ASYNC_DIO).map_err(missing)?;
@@ -137,11 +136,10 @@ impl Filesystem for SlowFs {
     ) {
         let len = u64::from(size).min(self.size.saturating_sub(offset));
         let fate = self.rules.arrive(Operation::Read, offset, len, &[]);
-        let bytes = Arc::clone(&self.bytes);
+        let power = Arc::clone(&self.power);
         self.serve(fate, move |go| {
             let mut buffer = vec![0; usize::try_from(len).unwrap_or(0)];
-            match go.and_then(|()| bytes.read_exact_at(&mut buffer, offset).map_err(|_| Errno::EIO))
-            {
+            match go.and_then(|()| power.read(offset, &mut buffer)) {
                 Ok(()) => reply.data(&buffer),
                 Err(error) => reply.error(error),
             }
@@ -163,14 +161,15 @@ impl Filesystem for SlowFs {
         let Ok(len) = u32::try_from(data.len()) else {
             return reply.error(Errno::EINVAL);
         };
+        let ticket = match self.power.begin_write(offset, data) {
+            Ok(ticket) => ticket,
+            Err(error) => return reply.error(error),
+        };
         let fate = self.rules.arrive(Operation::Write, offset, u64::from(len), data);
-        let bytes = Arc::clone(&self.bytes);
-        let data = data.to_vec();
-        self.serve(fate, move |go| {
-            match go.and_then(|()| bytes.write_all_at(&data, offset).map_err(|_| Errno::EIO)) {
-                Ok(()) => reply.written(len),
-                Err(error) => reply.error(error),
-            }
+        let power = Arc::clone(&self.power);
+        self.serve(fate, move |go| match power.end_write(ticket, go) {
+            Ok(()) => reply.written(len),
+            Err(error) => reply.error(error),
         });
     }
 
@@ -182,8 +181,13 @@ impl Filesystem for SlowFs {
         _data: bool,
         reply: ReplyEmpty,
     ) {
+        let ticket = match self.power.begin_flush() {
+            Ok(ticket) => ticket,
+            Err(error) => return reply.error(error),
+        };
         let fate = self.rules.arrive(Operation::Flush, 0, 0, &[]);
-        self.serve(fate, move |go| match go {
+        let power = Arc::clone(&self.power);
+        self.serve(fate, move |go| match power.end_flush(ticket, go) {
             Ok(()) => reply.ok(),
             Err(error) => reply.error(error),
         });
