@@ -50,14 +50,9 @@ fn matrix(kind: Kind, sector: u32) {
     let Some(rig) = Rig::enter() else { return };
     let (mount, run) = (rig.dir("fs").unwrap(), rig.dir("run").unwrap());
     let fs = Filesystem::make(kind, 400 * MIB, sector, &Backing::Memory, &mount).unwrap();
-    // Scattering the free space of ext2 and ext3 means writing all of it: ext4 and XFS stand for them.
-    let scatter = sector == 512 && !matches!(kind, Kind::Ext2 | Kind::Ext3);
     for layout in
         [Layout::Fragmented, Layout::Written, Layout::Sparse, Layout::Fallocated, Layout::Mixed]
     {
-        if layout == Layout::Fragmented && !scatter {
-            continue;
-        }
         let what = format!("{kind:?}, {sector}-byte sectors, {layout:?}");
         println!("{what}");
         let image = fs.path().join(format!("{layout:?}"));

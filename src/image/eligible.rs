@@ -259,8 +259,13 @@ fn place_of(directory: &Path, mounts: &[Mount]) -> Option<Place> {
 fn overlays(place: &Place, mounts: &[Mount]) -> Result<(), NotEligible> {
     let overlays = mounts.iter().filter(|mount| mount.kind == "overlay");
     for overlay in overlays {
-        let upper = overlay.option_path("upperdir").and_then(|path| place_of(&path, mounts));
-        if upper.is_some_and(|upper| place.is_below(&upper)) {
+        let Some(named) = overlay.option_path("upperdir") else { continue };
+        let below = match place_of(&named, mounts) {
+            Some(upper) => place.is_below(&upper),
+            // Named from a directory or a namespace that is not ours: whatever ends like it may be it.
+            None => place.is_below_any(&named),
+        };
+        if below {
             return Err(NotEligible::OverlayUpper { overlay: overlay.point.clone() });
         }
     }

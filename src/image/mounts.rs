@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// A line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -44,6 +44,14 @@ impl Place {
     pub(super) fn new(path: &Path, mount: &Mount) -> Option<Self> {
         let inside = path.strip_prefix(&mount.point).ok()?;
         Some(Self { device: mount.device, path: mount.root.join(inside) })
+    }
+
+    /// Whether it lies below some directory whose path ends like this one, `..` and `.` left out.
+    pub(super) fn is_below_any(&self, tail: &Path) -> bool {
+        let tail: PathBuf =
+            tail.components().filter(|part| matches!(part, Component::Normal(_))).collect();
+        let named = tail.components().next().is_some();
+        named && self.path.ancestors().skip(1).any(|directory| directory.ends_with(&tail))
     }
 
     /// Whether it lies in this directory or below.

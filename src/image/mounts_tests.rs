@@ -53,3 +53,17 @@ fn a_bind_mount_does_not_hide_where_a_file_lies() {
     assert!(!image.is_below(&upper("/other/dir", 2)));
     assert_eq!(Place::new(Path::new("/elsewhere"), &mounts[0]), None);
 }
+
+#[test]
+fn an_upper_directory_named_from_elsewhere_is_known_by_its_end() {
+    let place =
+        Place { device: (254, 1), path: "/var/lib/containers/overlay/ab12/diff/disk.img".into() };
+    assert!(
+        place.is_below_any(Path::new("ab12/diff")) && place.is_below_any(Path::new("../ab12/diff"))
+    );
+    assert!(
+        !place.is_below_any(Path::new("cd34/diff")) && !place.is_below_any(Path::new("12/diff"))
+    );
+    assert!(!place.is_below_any(Path::new(".")));
+    assert!(!place.is_below_any(Path::new("diff/disk.img")), "the image itself is no directory");
+}
