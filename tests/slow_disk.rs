@@ -16,6 +16,7 @@ use integration::rig::{
     Backing, Bed, Client, ClientOptions, Daemon, FaultDisk, LoopDisk, Queue, Request, Rig, Setup,
     Shape,
 };
+use rustix::process::Signal;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
 const MIB: u64 = 1 << 20;
@@ -112,6 +113,28 @@ fn sigterm_drains_what_is_in_flight() {
     assert!(bed.daemon.sigterm().unwrap().success(), "{}", bed.daemon.log());
     assert!(start.elapsed() >= Duration::from_millis(700), "it did not wait for the write");
     assert!(!socket.exists(), "the socket is left behind");
+    bed.restart(&[]).unwrap();
+    bed.finish().unwrap();
+}
+
+/// Told twice, it does not wait for a disk that does not answer.
+#[test]
+fn a_second_sigterm_ends_it_at_once() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut client = bed.connect(1).unwrap();
+    write_slowly(&slow, client.queue(0).unwrap(), 40960, Rule::hold(Operation::Write));
+    bed.model.write(40960, &GHOST).unwrap();
+    bed.daemon.signal(Signal::TERM).unwrap();
+    until("the first", SOON, || bed.daemon.log().contains("told to stop").then_some(())).unwrap();
+    bed.daemon.signal(Signal::TERM).unwrap();
+    until("the second", SOON, || bed.daemon.log().contains("told to stop twice").then_some(()))
+        .unwrap();
+    // The kernel keeps the dead process until its last request has ended.
+    slow.heal();
+    assert_eq!(bed.daemon.wait(SOON).unwrap().code(), Some(1));
+    drop(client);
     bed.restart(&[]).unwrap();
     bed.finish().unwrap();
 }
