@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -76,14 +77,17 @@ fn a_second_break_while_one_is_being_served() {
         let writer = scope.spawn(|| File::options().write(true).open(&bed.image).map(drop));
         thread::sleep(Duration::from_millis(100));
         assert!(!first.is_finished() && !second.is_finished() && !writer.is_finished());
-        client.queue(1).unwrap().write_at(MIB, &[1; 4096]).unwrap();
+        // Served through the file as soon as nothing raw is in flight.
+        submit(client.queue(1).unwrap(), Request::Write { offset: MIB, data: &[1; 4096] }, 2);
         disk.heal();
         first.join().unwrap().unwrap();
         second.join().unwrap().unwrap();
         writer.join().unwrap().unwrap();
     });
     bed.model.write(MIB, &[1; 4096]).unwrap();
-    assert!(client.queue(0).unwrap().drain().unwrap().iter().all(|done| done.result.is_ok()));
+    for queue in client.queues() {
+        assert!(queue.drain().unwrap().iter().all(|done| done.result.is_ok()));
+    }
     bed.model.check(0, &bed.host_bytes().unwrap()).unwrap();
     bed.await_direct(LATER).unwrap();
     bed.check_guest(&mut client).unwrap();
@@ -136,9 +140,9 @@ fn a_break_during_a_flush() {
     disk.add(Rule::hold(Operation::Flush).times(1));
     submit(client.queue(0).unwrap(), Request::Flush, 1);
     until("the held flush", SOON, || (disk.counts().hit > 0).then_some(())).unwrap();
+    // Only to open it: a loop device does nothing else while it flushes.
     get_in(&bed.image, SOON).unwrap();
     assert!(client.queue(0).unwrap().collect().unwrap().is_empty(), "the flush did not wait");
-    client.queue(1).unwrap().read_at(0, 4096).unwrap();
     disk.heal();
     assert!(client.queue(0).unwrap().drain().unwrap().iter().all(|done| done.result.is_ok()));
     bed.await_direct(LATER).unwrap();
@@ -200,16 +204,16 @@ fn guest(queues: &mut [Queue], model: &mut Model, block: u64, stop: &AtomicBool)
     round
 }
 
-fn tool(program: &str, options: &[&str], path: &Path) -> String {
+fn tool(program: &str, options: &[&str], path: &Path) -> io::Result<String> {
     let mut args: Vec<_> = options.iter().map(std::ffi::OsStr::new).collect();
     args.push(path.as_os_str());
-    run(program, &args).unwrap()
+    run(program, &args)
 }
 
 #[test]
 fn filefrag_beside_a_guest() {
     for kind in [Kind::Ext4, Kind::Xfs] {
-        beside(kind, Layout::Mixed, |bed| drop(tool("filefrag", &["-v"], &bed.image)));
+        beside(kind, Layout::Mixed, |bed| drop(tool("filefrag", &["-v"], &bed.image).unwrap()));
     }
 }
 
@@ -229,8 +233,13 @@ fn a_reflink_copy_beside_a_guest() {
 #[test]
 fn e4defrag_beside_a_guest() {
     beside(Kind::Ext4, Layout::Fragmented, |bed| {
-        let said = tool("e4defrag", &["-v"], &bed.image);
-        println!("{}", said.lines().filter(|line| line.contains("extents")).collect::<String>());
+        match tool("e4defrag", &["-v"], &bed.image) {
+            // It wants no file that somebody has locked, and we have (R1a); it has opened it by then.
+            Err(error) if error.to_string().contains("has been locked") => {
+                println!("skipped: e4defrag leaves locked files alone");
+            }
+            said => println!("{}", said.unwrap()),
+        }
     });
 }
 
@@ -238,7 +247,7 @@ fn e4defrag_beside_a_guest() {
 fn xfs_fsr_beside_a_guest() {
     for kind in [Kind::Xfs, Kind::XfsReflink] {
         beside(kind, Layout::Fragmented, |bed| {
-            println!("{}", tool("xfs_fsr", &["-v"], &bed.image).trim());
+            println!("{}", tool("xfs_fsr", &["-d", "-v"], &bed.image).unwrap().trim());
         });
     }
 }
@@ -256,6 +265,12 @@ fn chattr_beside_a_guest() {
     }
 }
 
+/// chattr opens without waiting, so that it fails at a lease, but breaks it: the next try succeeds.
+fn set_flag(flag: &str, path: &Path) {
+    let what = format!("chattr {flag}");
+    until(&what, SOON, || tool("chattr", &[flag], path).ok()).unwrap();
+}
+
 fn chattr(kind: Kind, mount: &Path, run: &Path) {
     use integration::rig::{Client, ClientOptions, Daemon, Filesystem};
     let fs = Filesystem::make(kind, 400 * MIB, 512, &Backing::Memory, mount).unwrap();
@@ -267,7 +282,7 @@ fn chattr(kind: Kind, mount: &Path, run: &Path) {
     let load = Workload { requests: 200, ..Workload::default() };
     let reads = Workload { write: false, ..load.clone() };
     load.run(client.queues(), &mut model).unwrap();
-    tool("chattr", &["+i"], &image);
+    set_flag("+i", &image);
     reads.run(client.queues(), &mut model).unwrap();
     let data = [5; 4096];
     let went = client.write_at(8192, &data).is_ok();
@@ -275,7 +290,7 @@ fn chattr(kind: Kind, mount: &Path, run: &Path) {
     if went {
         model.write(8192, &data).unwrap();
     }
-    tool("chattr", &["-i"], &image);
+    set_flag("-i", &image);
     client.write_at(0, &data).unwrap();
     model.write(0, &data).unwrap();
     load.run(client.queues(), &mut model).unwrap();
