@@ -267,10 +267,15 @@ fn xfs_fsr_beside_a_guest() {
     for (kind, write) in [(Kind::Xfs, true), (Kind::XfsReflink, false)] {
         beside_load(kind, Layout::Fragmented, write, |bed| {
             let before = extents(&bed.image).unwrap();
-            tool("xfs_fsr", &["-v"], &bed.image).unwrap();
-            let after = extents(&bed.image).unwrap();
+            let mut after = before;
+            let mut moved = || {
+                tool("xfs_fsr", &["-v"], &bed.image).unwrap();
+                after = extents(&bed.image).unwrap();
+                (write || after == 1 || after < before).then_some(())
+            };
+            // XFS frees what was removed a moment ago in the background, and there is no better place before.
+            until("xfs_fsr to move blocks", LATER, &mut moved).unwrap();
             println!("{kind:?}, a writing guest: {write}: {after} extents of {before}");
-            assert!(write || after == 1 || after < before);
         });
     }
 }
