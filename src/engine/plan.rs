@@ -131,7 +131,7 @@ pub fn next_piece(
         }
         (_, write) => {
             let block = u64::from(if write { g.fs_block } else { g.file_align });
-            let mut unit = unit_of(run, block, g.file_size);
+            let mut unit = unit_of(run, block, reach(g));
             if access.zeroes && unit.len() > block {
                 // The end of a file inside a block is written on its own.
                 unit.end &= !(block - 1);
@@ -145,11 +145,16 @@ const fn opaque(range: FileRange) -> Extent {
     Extent { range, device: DeviceOffset(0), state: State::Opaque }
 }
 
+/// Where O_DIRECT can reach to. The bytes behind it, of a file that ends inside a sector, no guest sees.
+const fn reach(g: &Geometry) -> u64 {
+    g.file_size - g.file_size % g.file_align as u64
+}
+
 /// `range` rounded out to blocks, but not past the end of the file.
 #[must_use]
 pub fn file_unit(g: &Geometry, range: FileRange, block: u64) -> FileRange {
     let unit = range.round_out(block);
-    FileRange::new(unit.start, unit.end.min(g.file_size.max(range.end)))
+    FileRange::new(unit.start, unit.end.min(reach(g).max(range.end)))
 }
 
 /// What to transfer first for `run`: its whole blocks if it starts with one, else the block its

@@ -144,3 +144,17 @@ fn what_is_not_cached_is_asked_for_before_a_lock_is() {
     assert_eq!(ask(0, 8192), Need::Lock);
     assert_eq!(ask(16384, 20480), Need::Map);
 }
+
+/// A file of 4096 + 700 bytes: the guest sees one sector of its last block, and what lies behind that is never transferred.
+#[test]
+fn a_file_that_ends_inside_a_sector() {
+    let g = geometry(4096, 512, 4096 + 700);
+    let view = view(Mode::Direct, 4096, &[State::Mapped, State::Opaque]);
+    let access = Access { write: true, zeroes: false, locked: true, mem_aligned: true, base: 0 };
+    let last = FileRange::new(4096, 4096 + 512);
+    for access in [access, Access { write: false, ..access }, Access { zeroes: true, ..access }] {
+        let piece = next_piece(&view, &g, access, last, &mut Hint::default());
+        assert_eq!((piece.route, piece.unit, piece.range), (Route::File, last, last));
+    }
+    assert_eq!(file_unit(&g, last, 4096), last);
+}

@@ -225,7 +225,7 @@ impl Backend {
             counters: Arc::clone(&thread.counters),
             max_requests,
             memory: Arc::new(Memory::new()),
-            disk: RingDisk { ring, mem_align: config.geometry.mem_align },
+            disk: RingDisk::new(ring, config.geometry.mem_align),
         })
     }
 

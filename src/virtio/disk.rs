@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::Memory;
 use super::chain::Piece;
+use super::queue::Quiet;
 use super::worker::Disk;
 use crate::engine::{Completion, Io, Op, OpId, Tag};
 use crate::sys::uring::Ring;
@@ -16,6 +17,13 @@ use crate::sys::uring::Ring;
 pub(crate) struct RingDisk {
     pub(crate) ring: Ring,
     pub(crate) mem_align: u32,
+    full: Quiet,
+}
+
+impl RingDisk {
+    pub(crate) fn new(ring: Ring, mem_align: u32) -> Self {
+        Self { ring, mem_align, full: Quiet::default() }
+    }
 }
 
 impl Io for RingDisk {
@@ -24,7 +32,14 @@ impl Io for RingDisk {
     }
 
     fn reap(&mut self) -> Option<Completion> {
-        self.ring.reap()
+        let completion = self.ring.reap()?;
+        // The guest hears of an I/O error only; who can make room must hear of it too (R16).
+        if matches!(completion.result.saturating_neg(), libc::ENOSPC | libc::EDQUOT)
+            && let Some(times) = self.full.tell()
+        {
+            tracing::warn!(times, "no space left for what the guest writes: it gets I/O errors");
+        }
+        Some(completion)
     }
 
     fn now(&self) -> std::time::Duration {

@@ -91,6 +91,15 @@ impl Bed {
         self.daemon.await_status("direct mode", limit, Status::direct)
     }
 
+    /// Compares what the guest reads, all of it, with the model.
+    pub fn check_guest(&self, client: &mut Client) -> io::Result<()> {
+        for (index, want) in self.model.bytes().chunks(256 << 10).enumerate() {
+            let offset = index as u64 * (256 << 10);
+            self.model.check(offset, &client.read_at(offset, want.len())?)?;
+        }
+        Ok(())
+    }
+
     /// The image's bytes as the host reads them through the page cache.
     pub fn host_bytes(&self) -> io::Result<Vec<u8>> {
         std::fs::read(&self.image)

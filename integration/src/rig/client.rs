@@ -46,6 +46,8 @@ impl Default for ClientOptions {
             | VirtioBlkFeatureFlags::FLUSH
             | VirtioBlkFeatureFlags::TOPOLOGY
             | VirtioBlkFeatureFlags::CONFIG_WCE
+            | VirtioBlkFeatureFlags::DISCARD
+            | VirtioBlkFeatureFlags::WRITE_ZEROES
             | VirtioBlkFeatureFlags::MQ;
         let ring = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
         ClientOptions {

@@ -113,6 +113,11 @@ impl Daemon {
         &self.socket
     }
 
+    /// The control socket.
+    pub fn control_path(&self) -> &Path {
+        &self.control
+    }
+
     /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()

@@ -14,6 +14,7 @@
 //! | [`daemon::Daemon`] | a running extentd (or its peer) with its log and status |
 //! | [`client::Client`] | libblkio's virtio-blk driver over vhost-user, with deadlines |
 //! | [`frontend::Frontend`] | hand-made rings over `vhost`'s frontend for what no well-behaved driver does |
+//! | [`outside`] | what others on the host do: readers, a full disk, a frozen filesystem |
 //! | [`model`] | the flat byte model, and self-describing sectors |
 
 pub mod bed;
@@ -30,6 +31,7 @@ pub mod filesystem;
 pub mod frontend;
 pub mod image;
 pub mod model;
+pub mod outside;
 pub mod program;
 pub mod queue;
 pub mod random;

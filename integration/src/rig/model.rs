@@ -2,6 +2,7 @@
 //! What the disk must say: a flat byte model, and sectors that say themselves what they are.
 
 use std::io;
+use std::ops::Range;
 
 use super::random::Random;
 
@@ -34,6 +35,20 @@ impl Model {
             self.bytes.get_mut(start..start + data.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
         to.copy_from_slice(data);
         Ok(())
+    }
+
+    /// The guest makes bytes zero.
+    pub fn zero(&mut self, range: Range<u64>) -> io::Result<()> {
+        let start = usize::try_from(range.start).map_err(io::Error::other)?;
+        let end = usize::try_from(range.end).map_err(io::Error::other)?;
+        self.bytes.get_mut(start..end).ok_or(io::ErrorKind::UnexpectedEof)?.fill(0);
+        Ok(())
+    }
+
+    /// The guest discards: whole blocks of `block` bytes read as zeros afterwards, what else there is of the range as before.
+    pub fn discard(&mut self, range: Range<u64>, block: u64) -> io::Result<()> {
+        let (start, end) = (range.start.next_multiple_of(block), range.end / block * block);
+        if start < end { self.zero(start..end) } else { Ok(()) }
     }
 
     /// Fails, naming the first difference, unless the disk returned what it must.

@@ -19,6 +19,8 @@ pub struct Tally {
     pub writes: u64,
     /// Flushes acknowledged.
     pub flushes: u64,
+    /// Discards and zeroing acknowledged.
+    pub zeroes: u64,
 }
 
 /// How a workload behaves.
@@ -36,6 +38,9 @@ pub struct Workload {
     pub write: bool,
     /// Whether data may lie at any address in pieces of any length.
     pub odd_memory: bool,
+    /// Whether discards and zeroing are among the writes, and then the bytes of a block of the filesystem: a discard leaves
+    /// what it does not cover of a block as it was. The frontend must have asked for both features.
+    pub discard: Option<u64>,
     /// Bytes of the stripes that the queues own in turn. Queues never write each other's, so that the model is exact.
     pub stripe: u64,
 }
@@ -54,15 +59,22 @@ impl Default for Workload {
             max_sectors: 64,
             write: true,
             odd_memory: true,
+            discard: None,
             stripe: 48 << 10,
         }
     }
 }
 
+enum Access {
+    Read,
+    Write(Vec<u8>),
+    Zero { unmap: bool },
+    Discard,
+}
+
 struct Pending {
     range: Range<u64>,
-    /// What a write puts there; `None` for a read.
-    data: Option<Vec<u8>>,
+    access: Access,
 }
 
 impl Workload {
@@ -90,6 +102,7 @@ impl Workload {
             total.reads += tally.reads;
             total.writes += tally.writes;
             total.flushes += tally.flushes;
+            total.zeroes += tally.zeroes;
             let size = model.size();
             for stripe in (index as u64..size.div_ceil(self.stripe)).step_by(queues.len()) {
                 let range = stripe * self.stripe..((stripe + 1) * self.stripe).min(size);
@@ -177,29 +190,56 @@ impl<'a> Runner<'a> {
             1 if self.load.odd_memory => Shape::odd(&mut self.random, len),
             _ => Shape::sectors(&mut self.random, len, 512),
         };
-        let data = (self.load.write && self.random.one_in(2)).then(|| self.random.bytes(len));
-        let request = match &data {
-            Some(data) => Request::Write { offset: range.start, data },
-            None => Request::Read { offset: range.start, len },
+        let access = self.access(len);
+        let (offset, bytes) = (range.start, range.end - range.start);
+        let request = match &access {
+            Access::Read => Request::Read { offset, len },
+            Access::Write(data) => Request::Write { offset, data },
+            Access::Zero { unmap } => Request::WriteZeroes { offset, len: bytes, unmap: *unmap },
+            Access::Discard => Request::Discard { offset, len: bytes },
         };
+        let shape =
+            if matches!(access, Access::Read | Access::Write(_)) { shape } else { Shape::whole() };
         let went = accepted(queue.submit(request, &shape, token))?;
         if went {
-            self.pending.insert(token, Pending { range, data });
+            self.pending.insert(token, Pending { range, access });
         }
         Ok(went)
+    }
+
+    fn access(&mut self, len: usize) -> Access {
+        if !self.load.write || !self.random.one_in(2) {
+            return Access::Read;
+        }
+        // Not half of all, or there would soon be little but zeros.
+        match self.load.discard {
+            Some(_) if self.random.one_in(4) => match self.random.below(3) {
+                0 => Access::Discard,
+                unmap => Access::Zero { unmap: unmap == 1 },
+            },
+            _ => Access::Write(self.random.bytes(len)),
+        }
     }
 
     fn complete(&mut self, token: u64, result: io::Result<Vec<u8>>) -> io::Result<()> {
         let bytes = result?;
         match self.pending.remove(&token) {
             None => self.tally.flushes += 1,
-            Some(Pending { range, data: Some(data) }) => {
+            Some(Pending { range, access: Access::Read }) => {
+                self.tally.reads += 1;
+                self.model.check(range.start, &bytes)?;
+            }
+            Some(Pending { range, access: Access::Write(data) }) => {
                 self.tally.writes += 1;
                 self.model.write(range.start, &data)?;
             }
-            Some(Pending { range, data: None }) => {
-                self.tally.reads += 1;
-                self.model.check(range.start, &bytes)?;
+            Some(Pending { range, access: Access::Zero { .. } }) => {
+                self.tally.zeroes += 1;
+                self.model.zero(range)?;
+            }
+            Some(Pending { range, access: Access::Discard }) => {
+                self.tally.zeroes += 1;
+                self.model.discard(range, self.load.discard.unwrap_or(1))?;
             }
         }
         Ok(())
