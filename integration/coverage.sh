@@ -72,4 +72,4 @@ awk -v least="$LEAST" '
         percent = total ? 100 * reached / total : 0
         printf "coverage: src/engine %.1f%% of lines\n", percent
         exit percent < least
-    }' "$work/lines"
+    }' "$work/lines" || fail "less than $LEAST %: see the lines above"

@@ -32,7 +32,7 @@ struct Failure {
     what: String,
 }
 
-/// Goes through all scripts, or through those that show a mutant up; whether everything held.
+/// Goes through all scripts, with a rule switched off if asked; whether everything held.
 pub(super) fn exhaust(mutant: Option<Mutant>) -> bool {
     let (mut total, mut violations) = (0, 0);
     for script in SCRIPTS {
