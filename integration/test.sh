@@ -77,6 +77,10 @@ simulate() {
     cargo run --quiet --release --locked --package integration -- sim --seeds "$SEEDS"
 }
 
+exhaust() {
+    cargo run --quiet --release --locked --package integration -- sim --exhaustive
+}
+
 # The daemon that is shipped, built by itself: together with the test tool it would get the tool's feature.
 crash_hosts() {
     cargo build --quiet --release --locked --package extentd --bin extentd &&
@@ -105,6 +109,7 @@ step "documentation" check_documentation
 step "unit and device tests" run_tests
 step "documentation tests" cargo test --quiet --locked --workspace --doc
 step "simulator" simulate
+step "every interleaving of small scripts" exhaust
 step "power cuts and kills" crash_hosts
 step "power cuts notice a missing fdatasync" crash_mutant
 step "guest" integration/boot.sh

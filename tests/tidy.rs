@@ -311,6 +311,23 @@ fn every_file_names_its_licence() {
     none("the first line (after a #! line) is the licence", &breaches);
 }
 
+/// A file of tests that no module names compiles nowhere, and nobody misses it.
+#[test]
+fn every_file_of_tests_is_run() {
+    let files = files();
+    let orphans: Vec<String> = files
+        .iter()
+        .filter(|file| file.path.ends_with("_tests.rs"))
+        .filter(|file| {
+            let name = file.path.rsplit('/').next().unwrap_or_default();
+            let named = [format!("\"{name}\"]"), format!("/{name}\"]")];
+            !files.iter().any(|other| named.iter().any(|text| other.text.contains(text.as_str())))
+        })
+        .map(|file| file.path.clone())
+        .collect();
+    none("no module includes this file of tests", &orphans);
+}
+
 #[test]
 fn unsafe_stays_at_home() {
     let mut breaches = Vec::new();

@@ -235,3 +235,7 @@ pub fn segments(
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "request_tests.rs"]
+mod tests;

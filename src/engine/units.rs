@@ -96,3 +96,7 @@ impl fmt::Debug for FileRange {
         write!(f, "{}..{}", self.start, self.end)
     }
 }
+
+#[cfg(test)]
+#[path = "units_tests.rs"]
+mod tests;

@@ -17,13 +17,13 @@ pub(super) const ZERO: Stamp = 0;
 /// The writer of a version nobody has to acknowledge any more.
 const ACKNOWLEDGED: u64 = 0;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Hash, Debug)]
 struct Version {
     stamp: Stamp,
     writer: u64,
 }
 
-#[derive(Debug)]
+#[derive(Hash, Debug)]
 pub(super) struct Disk {
     now: Vec<Stamp>,
     durable: Vec<Stamp>,
@@ -78,6 +78,12 @@ impl Disk {
             }
             !versions.is_empty()
         });
+    }
+
+    /// What the sector may hold after a power cut now.
+    pub(super) fn leavings(&self, at: usize) -> impl Iterator<Item = Stamp> + '_ {
+        let pending = self.pending.get(&at).into_iter().flatten().map(|v| v.stamp);
+        std::iter::once(self.durable[at]).chain(pending)
     }
 
     /// The power fails: of each unflushed sector some version is left.

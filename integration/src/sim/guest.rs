@@ -42,8 +42,8 @@ pub(super) struct Pending {
 pub(super) struct Guest {
     /// By worker and tag.
     pub(super) pending: BTreeMap<(WorkerId, Tag), Pending>,
-    next_number: u64,
-    next_stamp: Stamp,
+    pub(super) next_number: u64,
+    pub(super) next_stamp: Stamp,
     /// Requests still to be made.
     pub(super) to_issue: u32,
     /// Places the guest likes.
@@ -157,6 +157,11 @@ impl World {
     /// The guest makes a request on a worker's queue.
     pub(super) fn make_request(&mut self, worker: WorkerId, tag: Tag) -> Request {
         let kind = self.choose();
+        self.make(worker, tag, kind)
+    }
+
+    /// The guest makes this request.
+    pub(super) fn make(&mut self, worker: WorkerId, tag: Tag, kind: Kind) -> Request {
         let number = self.guest.next_number;
         self.guest.next_number += 1;
         let range = sectors(kind.range().start)..sectors(kind.range().end);

@@ -17,7 +17,7 @@ pub(super) const ENOSPC: i32 = -28;
 /// New places for the blocks a direct write must copy: pairs of block and place.
 pub(super) type Copies = Vec<(usize, usize)>;
 
-#[derive(Debug)]
+#[derive(Hash, Debug)]
 pub(super) struct Host {
     pub(super) disk: Disk,
     pub(super) layout: Layout,
@@ -311,6 +311,15 @@ impl Host {
         if sectors.end > self.layout.size() {
             self.layout.set_size(sectors.end);
         }
+    }
+
+    /// What a sector of the file may hold after a power cut now.
+    pub(super) fn leavings(&self, sector: usize) -> Vec<Stamp> {
+        let block = self.layout.journalled(sector / self.spb);
+        if block.place == NOWHERE || !block.written {
+            return vec![ZERO];
+        }
+        self.disk.leavings(block.place * self.spb + sector % self.spb).collect()
     }
 
     /// The host's power fails.

@@ -28,6 +28,11 @@ pub(super) struct Jobs {
 }
 
 impl Jobs {
+    /// A punch is next.
+    pub(super) fn is_punching(&self) -> bool {
+        matches!(self.queue.front(), Some((_, Job::Punch { .. })))
+    }
+
     pub(super) fn is_entering(&self) -> bool {
         matches!(self.queue.front(), Some((_, Job::Enter | Job::Confirm)))
     }

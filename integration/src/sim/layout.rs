@@ -13,7 +13,7 @@ use super::rng::Rng;
 pub(super) const NOWHERE: usize = usize::MAX;
 
 /// Whose a disk block is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(super) enum Owner {
     /// Nobody's.
     Free,
@@ -33,7 +33,7 @@ pub(super) enum Owner {
 }
 
 /// A block of the image.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Block {
     /// Its disk block, or [`NOWHERE`] for a hole.
     pub(super) place: usize,
@@ -47,7 +47,7 @@ impl Block {
     const HOLE: Self = Self { place: NOWHERE, written: false, shared: false };
 }
 
-#[derive(Debug)]
+#[derive(Hash, Debug)]
 pub(super) struct Layout {
     blocks: Vec<Block>,
     /// Bytes / 512 of the file.
@@ -182,6 +182,11 @@ impl Layout {
             *owner = Owner::Free;
         }
         self.dirty = false;
+    }
+
+    /// The block as a power cut now would leave it.
+    pub(super) fn journalled(&self, block: usize) -> Block {
+        self.journal.0.get(block).copied().unwrap_or(Block::HOLE)
     }
 
     /// The power failed: back to the journal.

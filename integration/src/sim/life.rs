@@ -92,7 +92,7 @@ impl Sim {
         while self.world.now < limit && !enough(self) && self.advance() {}
     }
 
-    fn is_direct(&self) -> bool {
+    pub(super) fn is_direct(&self) -> bool {
         self.keeper.as_ref().is_some_and(|k| k.snapshot().direct)
     }
 
@@ -159,7 +159,7 @@ impl Sim {
     }
 
     /// The daemon ends in good order; a buffered reader then sees what the guest wrote.
-    fn shut_down(&mut self) {
+    pub(super) fn shut_down(&mut self) {
         if self.world.violation.is_some() {
             return;
         }

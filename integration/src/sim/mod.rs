@@ -10,6 +10,7 @@
 
 mod check;
 mod disk;
+mod explore;
 mod guest;
 mod hazard;
 mod host;
@@ -52,6 +53,9 @@ pub struct Options {
     /// Switch one rule off; it must be caught.
     #[arg(long, value_enum)]
     mutant: Option<Mutant>,
+    /// No seeds: go through every interleaving of a few small scripts.
+    #[arg(long, conflicts_with_all = ["seeds", "seed"])]
+    exhaustive: bool,
 }
 
 /// What many seeds came to.
@@ -69,6 +73,9 @@ struct Total {
 /// Runs the simulator; whether everything is as it must be.
 #[must_use]
 pub fn simulate(options: &Options) -> bool {
+    if options.exhaustive {
+        return explore::exhaust(options.mutant);
+    }
     if let Some(seed) = options.seed {
         return replay(seed, options.mutant, usize::MAX);
     }

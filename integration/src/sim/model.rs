@@ -12,7 +12,7 @@ use super::disk::{Stamp, ZERO};
 /// Not ended yet.
 const OPEN: u64 = u64::MAX;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Hash, Debug)]
 struct Candidate {
     stamp: Stamp,
     request: u64,
@@ -21,7 +21,7 @@ struct Candidate {
     ok: bool,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Hash, Debug, Default)]
 struct Sector {
     live: Vec<Candidate>,
     durable: Vec<Candidate>,
@@ -37,7 +37,7 @@ pub(super) struct Wrong {
     pub(super) admissible: Vec<Stamp>,
 }
 
-#[derive(Debug)]
+#[derive(Hash, Debug)]
 pub(super) struct Model {
     sectors: Vec<Sector>,
     clock: u64,
@@ -159,6 +159,12 @@ impl Model {
             let all = sector.live.iter_mut().chain(&mut sector.durable);
             all.filter(|c| c.ended == OPEN).for_each(|c| c.ended = now);
         }
+    }
+
+    /// Whether a power cut now may leave `left` in the sector.
+    pub(super) fn may_be_left(&self, at: usize, left: Stamp) -> bool {
+        let sector = &self.sectors[at];
+        sector.wild || sector.durable.iter().any(|c| c.stamp == left)
     }
 
     /// The power failed and `left` is what the file holds: each sector must be a candidate no

@@ -11,7 +11,7 @@ use super::disk::Stamp;
 pub(super) const PAGE: usize = 8;
 
 /// A page: 4 KiB, of which parts may be up to date or dirty.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Hash, Debug, Default)]
 struct Page {
     data: [Stamp; PAGE],
     /// Sectors that hold something.
@@ -23,14 +23,14 @@ struct Page {
 }
 
 /// A block on its way from the cache to the disk.
-#[derive(Clone, Debug)]
+#[derive(Clone, Hash, Debug)]
 pub(super) struct Writeback {
     pub(super) id: u64,
     pub(super) block: usize,
     pub(super) data: Vec<Stamp>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Hash, Debug, Default)]
 pub(super) struct Cache {
     pages: BTreeMap<usize, Page>,
     pub(super) writebacks: Vec<Writeback>,

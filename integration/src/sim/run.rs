@@ -35,7 +35,8 @@ pub(super) struct Outcome {
 /// Runs one seed to its end or to its first violation.
 pub(super) fn run(seed: u64, mutant: Option<Mutant>, traced: bool) -> Outcome {
     let scenario = Scenario::new(&mut Rng::new(seed), mutant);
-    let mut sim = Sim::new(seed, scenario, traced);
+    let mut sim = Sim::new(Rng::new(seed ^ 0x5EED), scenario, traced);
+    sim.world.trace(|| format!("seed {seed}"));
     // A panic is a violation like any other, and its trace is worth as much.
     if catch_unwind(AssertUnwindSafe(|| sim.live())).is_err() {
         sim.world.fail("panicked; the message is above".into());
@@ -76,10 +77,10 @@ pub(super) struct Sim {
 }
 
 impl Sim {
-    fn new(seed: u64, scenario: Scenario, traced: bool) -> Self {
-        let mut world = World::new(seed, scenario, traced);
+    pub(super) fn new(rng: Rng, scenario: Scenario, traced: bool) -> Self {
+        let mut world = World::new(rng, scenario, traced);
         let scenario = world.scenario.clone();
-        world.trace(|| format!("seed {seed}: {scenario:?}"));
+        world.trace(|| format!("{scenario:?}"));
         Self {
             world,
             shared: Arc::new(Shared::new()),
@@ -171,7 +172,7 @@ impl Sim {
         true
     }
 
-    fn dispatch(&mut self, event: Event) {
+    pub(super) fn dispatch(&mut self, event: Event) {
         let now = self.now();
         match event {
             Event::Issue => self.issue(),

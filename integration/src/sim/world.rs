@@ -88,12 +88,12 @@ impl Event {
 }
 
 #[derive(Debug)]
-struct Entry {
-    at: u64,
-    order: u64,
+pub(super) struct Entry {
+    pub(super) at: u64,
+    pub(super) order: u64,
     /// The daemon it belongs to; dropped when that one is dead.
     life: Option<u32>,
-    event: Event,
+    pub(super) event: Event,
 }
 
 impl PartialEq for Entry {
@@ -130,7 +130,7 @@ pub(super) struct World {
     pub(super) rng: Rng,
     /// Microseconds.
     pub(super) now: u64,
-    queue: BinaryHeap<Entry>,
+    pub(super) queue: BinaryHeap<Entry>,
     order: u64,
     /// Which daemon lives; counts up at each death.
     pub(super) life: u32,
@@ -161,8 +161,7 @@ pub(super) struct World {
 }
 
 impl World {
-    pub(super) fn new(seed: u64, scenario: Scenario, traced: bool) -> Self {
-        let mut rng = Rng::new(seed ^ 0x5EED);
+    pub(super) fn new(mut rng: Rng, scenario: Scenario, traced: bool) -> Self {
         let host = new_host(&scenario, &mut rng);
         let model = Model::new((0..scenario.sectors()).map(|s| host.stored(s)));
         Self {
