@@ -320,7 +320,8 @@ fn every_file_of_tests_is_run() {
         .filter(|file| file.path.ends_with("_tests.rs"))
         .filter(|file| {
             let name = file.path.rsplit('/').next().unwrap_or_default();
-            let named = [format!("\"{name}\"]"), format!("/{name}\"]")];
+            let module = name.trim_end_matches(".rs");
+            let named = [format!("\"{name}\"]"), format!("/{name}\"]"), format!("mod {module};")];
             !files.iter().any(|other| named.iter().any(|text| other.text.contains(text.as_str())))
         })
         .map(|file| file.path.clone())
