@@ -38,7 +38,7 @@ fn kinds() -> impl Strategy<Value = u32> {
 fn oracle(sector: u64, bytes: u64, limits: &Limits) -> Option<(u128, u128)> {
     let start = u128::from(sector) * 512;
     let end = start + u128::from(bytes);
-    let fits = bytes > 0 && bytes % 512 == 0 && end <= u128::from(limits.capacity);
+    let fits = bytes > 0 && bytes.is_multiple_of(512) && end <= u128::from(limits.capacity);
     let base = u128::from(limits.base);
     (fits && base + end <= u128::from(u64::MAX)).then_some((base + start, base + end))
 }
@@ -111,7 +111,7 @@ proptest! {
         let mut out = vec![Kind::Flush];
         let result = segments(kind, &data, &limits, &mut out);
         let mut expected = Ok(());
-        if data.is_empty() || data.len() % 16 != 0 || data.len() > 64 * 16 {
+        if data.is_empty() || !data.len().is_multiple_of(16) || data.len() > 64 * 16 {
             expected = Err(Status::IoError);
         }
         for &(sector, count, flags) in list.iter().filter(|_| expected.is_ok()).collect::<Vec<_>>() {
