@@ -15,7 +15,7 @@ mod subject;
 mod syscalls;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -40,6 +40,9 @@ pub struct BenchArgs {
     /// The extentd to measure [default: the workspace's, built in release]
     #[arg(long, value_name = "PROGRAM")]
     extentd: Option<PathBuf>,
+    /// Another extentd, measured in the same rounds as the subject extentd-against
+    #[arg(long, value_name = "PROGRAM")]
+    against: Option<PathBuf>,
     /// Rounds
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
@@ -90,8 +93,11 @@ struct Bench {
 impl Bench {
     fn prepare(args: BenchArgs) -> io::Result<Bench> {
         let all = <Subject as clap::ValueEnum>::value_variants();
-        let wanted =
-            |subject: &&Subject| args.subjects.is_empty() || args.subjects.contains(subject);
+        let wanted = |subject: &&Subject| match subject {
+            // Naming the program is asking for it.
+            Subject::ExtentdAgainst => args.against.is_some(),
+            _ => args.subjects.is_empty() || args.subjects.contains(subject),
+        };
         let subjects: Vec<Subject> = all.iter().filter(wanted).copied().collect();
         let workloads: Vec<Workload> =
             Workload::ALL.into_iter().filter(|w| w.name().contains(&args.workload)).collect();
@@ -111,16 +117,14 @@ impl Bench {
             None => program::build()?,
         };
         let size = args.size << 20;
-        let bed = Bed::make(&program, args.device, size)?;
+        let bed = Bed::make(&program, args.against.as_deref(), args.device, size)?;
         let environment = Environment {
             kernel: run_tool("uname", &["-r"])?.trim().to_owned(),
             cpu: cpu(),
             cpus: std::thread::available_parallelism()?.get(),
             qemu_storage_daemon: peer,
-            extentd: run_tool(&program.to_string_lossy(), &["--version"])
-                .unwrap_or_default()
-                .trim()
-                .to_owned(),
+            extentd: version(&program),
+            against: args.against.as_deref().map(version),
             image_bytes: size,
             rounds,
             seconds: measured.as_secs_f64(),
@@ -185,6 +189,10 @@ impl Bench {
         }
         Ok(())
     }
+}
+
+fn version(program: &Path) -> String {
+    run_tool(&program.to_string_lossy(), &["--version"]).unwrap_or_default().trim().to_owned()
 }
 
 fn positive(seconds: f64) -> io::Result<Duration> {

@@ -28,6 +28,8 @@ pub(super) struct Environment {
     pub(super) qemu_storage_daemon: String,
     /// Version of extentd.
     pub(super) extentd: String,
+    /// Version of the extentd it is compared with.
+    pub(super) against: Option<String>,
     /// Bytes of the image.
     pub(super) image_bytes: u64,
     /// Rounds, each over all subjects.
@@ -71,6 +73,10 @@ pub(super) struct Row {
     pub(super) busy_percent: Option<f64>,
     /// Median over the rounds of the ratio to qemu-storage-daemon in the same round.
     pub(super) ratio_to_peer: Option<f64>,
+    /// The same to the extentd of `--against`.
+    pub(super) ratio_to_against: Option<f64>,
+    /// Server CPU per request over that of the extentd of `--against`.
+    pub(super) cpu_ratio_to_against: Option<f64>,
     /// The smallest share, over the rounds, of data segments that went straight to the device (extentd only).
     pub(super) direct_share: Option<f64>,
     /// Times the client looked in vain for completions, per request.
@@ -107,6 +113,8 @@ impl Row {
             rounds: outcomes.iter().map(|o| o.sample.iops).collect(),
             busy_percent: some(|o| o.busy_percent),
             ratio_to_peer: None,
+            ratio_to_against: None,
+            cpu_ratio_to_against: None,
             direct_share: outcomes.iter().filter_map(|o| o.direct_share).min_by(f64::total_cmp),
             client_idle_looks: of(|o| o.sample.idle_looks),
         }
@@ -198,16 +206,22 @@ impl Report {
         self.rows.iter().find(|row| row.subject == subject.name() && row.workload == workload)
     }
 
-    /// Fills in every row's ratio to the peer.
+    /// Fills in every row's ratios to the others, taken round by round.
     pub(super) fn compare(&mut self) {
-        let peer = Subject::QemuStorageDaemon.name();
-        let peers: Vec<Row> = self.rows.iter().filter(|row| row.subject == peer).cloned().collect();
+        let rows = self.rows.clone();
         for row in &mut self.rows {
-            let Some(peer) = peers.iter().find(|peer| peer.workload == row.workload) else {
-                continue;
+            let other = |subject: Subject| {
+                let of = |other: &&Row| {
+                    other.subject == subject.name() && other.workload == row.workload
+                };
+                rows.iter().find(of)
             };
-            let ratios = row.rounds.iter().zip(&peer.rounds).map(|(own, peer)| own / peer);
-            row.ratio_to_peer = Some(median(&ratios.collect::<Vec<f64>>()));
+            let peer = other(Subject::QemuStorageDaemon);
+            row.ratio_to_peer = peer.map(|peer| ratio(&row.rounds, &peer.rounds));
+            let against = other(Subject::ExtentdAgainst);
+            row.ratio_to_against = against.map(|against| ratio(&row.rounds, &against.rounds));
+            let cpu = against.and_then(|against| against.server_cpu_us_per_io);
+            row.cpu_ratio_to_against = row.server_cpu_us_per_io.zip(cpu).map(|(a, b)| a / b);
         }
     }
 
@@ -280,6 +294,16 @@ impl Report {
                 number(row.direct_share, 3),
             );
         }
+        for row in self.rows.iter().filter(|row| row.subject == Subject::ExtentdDirect.name()) {
+            if let Some(ratio) = row.ratio_to_against {
+                let _ = writeln!(
+                    text,
+                    "against: {:<22} IOPS {ratio:.3} x, CPU per I/O {} x",
+                    row.workload,
+                    number(row.cpu_ratio_to_against, 3),
+                );
+            }
+        }
         for row in &self.idle {
             let _ = writeln!(
                 text,
@@ -317,6 +341,11 @@ impl Report {
         );
         (line, true)
     }
+}
+
+/// The median over the rounds of the one over the other in the same round.
+fn ratio(own: &[f64], other: &[f64]) -> f64 {
+    median(&own.iter().zip(other).map(|(own, other)| own / other).collect::<Vec<f64>>())
 }
 
 #[cfg(test)]

@@ -37,6 +37,21 @@ fn ratios_are_taken_round_by_round() {
 }
 
 #[test]
+fn another_extentd_is_compared_round_by_round() {
+    let mut report = report(&[100.0, 300.0], &[50.0, 50.0]);
+    let mut against = outcomes(&[80.0, 400.0]);
+    against.iter_mut().for_each(|outcome| outcome.cpu_us_per_io = Some(4.0));
+    let row = Row::new(Subject::ExtentdAgainst, Workload::READ_32, "tmpfs-loop", &against);
+    report.rows.push(row);
+    report.rows[0].server_cpu_us_per_io = Some(3.0);
+    report.compare();
+    let row = report.row(Subject::ExtentdDirect, Workload::READ_32).unwrap();
+    assert_eq!((row.ratio_to_against, row.cpu_ratio_to_against), (Some(1.0), Some(0.75)));
+    let table = report.table();
+    assert!(table.contains("against: randread-4k-qd32-q1    IOPS 1.000 x, CPU per I/O 0.750 x"));
+}
+
+#[test]
 fn every_figure_can_fail_it() {
     let spoil: [fn(&mut Report); 4] = [
         |r| r.rows[0].rounds = vec![74.0],

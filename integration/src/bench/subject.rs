@@ -26,6 +26,8 @@ const PEER_MAJOR: u32 = 10;
 pub(super) enum Subject {
     /// extentd with its default options, in direct mode.
     ExtentdDirect,
+    /// The extentd of `--against`, as the first.
+    ExtentdAgainst,
     /// extentd with `--mode filesystem`.
     ExtentdFilesystem,
     /// QEMU's own vhost-user-blk server, O_DIRECT and io_uring.
@@ -41,6 +43,7 @@ impl Subject {
     pub(super) fn name(self) -> &'static str {
         match self {
             Subject::ExtentdDirect => "extentd-direct",
+            Subject::ExtentdAgainst => "extentd-against",
             Subject::ExtentdFilesystem => "extentd-filesystem",
             Subject::QemuStorageDaemon => "qemu-storage-daemon",
             Subject::NativeDevice => "native-device",
@@ -79,6 +82,7 @@ impl Device {
 #[derive(Debug)]
 pub(super) struct Bed {
     program: PathBuf,
+    against: Option<PathBuf>,
     image: PathBuf,
     size: u64,
     sockets: PathBuf,
@@ -105,7 +109,14 @@ pub(super) struct Outcome {
 
 impl Bed {
     /// Makes the disks, the filesystem and an image of `size` bytes, all fully written.
-    pub(super) fn make(program: &Path, device: Device, size: u64) -> io::Result<Bed> {
+    ///
+    /// `against` is the other extentd to measure, if there is one.
+    pub(super) fn make(
+        program: &Path,
+        against: Option<&Path>,
+        device: Device,
+        size: u64,
+    ) -> io::Result<Bed> {
         let rig = Rig::enter()
             .ok_or_else(|| io::Error::other("run the bench as root: it needs loop devices"))?;
         let backing = device.backing();
@@ -116,7 +127,8 @@ impl Bed {
         let bare = LoopDisk::attach(size, 512, &backing)?;
         fill(bare.path(), false, size)?;
         let sockets = rig.dir("sockets")?;
-        Ok(Bed { program: program.into(), image, size, sockets, filesystem, bare, _rig: rig })
+        let (program, against) = (program.into(), against.map(Path::to_owned));
+        Ok(Bed { program, against, image, size, sockets, filesystem, bare, _rig: rig })
     }
 
     /// The directory for sockets and logs.
@@ -136,12 +148,16 @@ impl Bed {
 
     /// Starts the server of `subject` on the image.
     pub(super) fn start(&self, subject: Subject) -> io::Result<Option<Daemon>> {
-        let start = |options: &[&str]| {
-            Daemon::start(&self.program, &self.sockets, &self.image, options).map(Some)
+        let start = |program: &Path, options: &[&str]| {
+            Daemon::start(program, &self.sockets, &self.image, options).map(Some)
         };
         match subject {
-            Subject::ExtentdDirect => start(&[]),
-            Subject::ExtentdFilesystem => start(&["--mode", "filesystem"]),
+            Subject::ExtentdDirect => start(&self.program, &[]),
+            Subject::ExtentdAgainst => match &self.against {
+                Some(program) => start(program, &[]),
+                None => Err(io::Error::other("the subject extentd-against needs --against")),
+            },
+            Subject::ExtentdFilesystem => start(&self.program, &["--mode", "filesystem"]),
             Subject::QemuStorageDaemon => {
                 Daemon::start_peer(&self.sockets, &self.image, 1).map(Some)
             }
@@ -279,8 +295,10 @@ fn fill(path: &Path, create: bool, size: u64) -> io::Result<()> {
 
 fn modes(subject: Subject, server: &Daemon) -> io::Result<Option<Status>> {
     match subject {
-        Subject::ExtentdDirect | Subject::ExtentdFilesystem => server.status().map(Some),
-        _ => Ok(None),
+        Subject::ExtentdDirect | Subject::ExtentdAgainst | Subject::ExtentdFilesystem => {
+            server.status().map(Some)
+        }
+        Subject::QemuStorageDaemon | Subject::NativeDevice | Subject::NativeFile => Ok(None),
     }
 }
 
