@@ -12,10 +12,11 @@
 mod enter;
 mod operation;
 mod setup;
+mod watch;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ use crate::engine::io::Buf;
 use crate::engine::{Completion, Geometry, Io, Op, OpId, Tag};
 use operation::Way;
 use setup::TaskRun;
+pub use watch::Hear;
+use watch::Watch;
 
 /// iovecs an operation keeps room for when it is done.
 const KEEP_IOVECS: usize = 256;
@@ -45,11 +48,10 @@ struct Slot {
 /// It belongs to the thread that made it: the kernel takes submissions from no other. It may be
 /// moved, but on another thread its operations fail.
 ///
-/// # Before the thread sleeps
+/// # Sleeping
 ///
-/// Call [`enter`](Self::enter), then [`reap`](Io::reap) until it says `None`: from then on
-/// [`event_fd`](Self::event_fd) becomes readable when something completes. A thread that also calls
-/// [`mute`](Self::mute) ends with [`listen`](Self::listen), and goes on while that says false.
+/// [`wait`](Self::wait) is where the thread sleeps: until an operation completes, or a descriptor given to
+/// [`watch`](Self::watch) is signalled. One system call hands over what is queued and sleeps.
 ///
 /// # Dropping
 ///
@@ -59,11 +61,11 @@ struct Slot {
 #[derive(Debug)]
 pub struct Ring {
     uring: Uring,
-    task_run: TaskRun,
     buffers: Buffers,
     slots: Box<[Slot]>,
-    /// Operations in the submission queue that the kernel has not taken yet, oldest first.
-    queued: VecDeque<OpId>,
+    /// Entries of the submission queue that the kernel has not taken yet, oldest first: the operation,
+    /// or none for a watch.
+    queued: VecDeque<Option<OpId>>,
     /// Operations the kernel refused to take; `reap` returns them.
     failed: VecDeque<Completion>,
     /// Operations that are the kernel's.
@@ -72,12 +74,17 @@ pub struct Ring {
     broken: Option<i32>,
     /// The same, until `enter` has told it.
     untold: Option<i32>,
-    muted: bool,
+    watches: Box<[Watch]>,
+    /// Polls that are the kernel's, those of former watches included.
+    polls: u32,
+    /// A watch is without a poll.
+    uneasy: bool,
+    /// The kernel can be told that a thread that waits here need not be waiting for a disk.
+    no_iowait: bool,
     image: OwnedFd,
     device: bool,
     /// The kind of lease that `ConfirmLease` wants to see.
     lease: Option<libc::c_int>,
-    event: OwnedFd,
 }
 
 /// [`IoUring`], which has no `Debug`.
@@ -100,7 +107,7 @@ impl Ring {
     ///
     /// `image` becomes fixed file 0, `device` (for raw access) fixed file 1. With `lease`,
     /// [`Op::ConfirmLease`] asks whether `image` still holds the lease that belongs to its access
-    /// mode: a write lease if writable, else a read lease.
+    /// mode: a write lease if writable, else a read lease. Up to `watches` descriptors can be watched.
     ///
     /// # Errors
     ///
@@ -111,8 +118,9 @@ impl Ring {
         device: Option<BorrowedFd<'_>>,
         geometry: &Geometry,
         lease: bool,
+        watches: usize,
     ) -> io::Result<Self> {
-        Self::with(image, device, geometry, lease, &TaskRun::ALL)
+        Self::with(image, device, geometry, lease, watches, &TaskRun::ALL)
     }
 
     /// A ring whose completions come back by the first of `ways` that the kernel knows.
@@ -121,15 +129,16 @@ impl Ring {
         device: Option<BorrowedFd<'_>>,
         geometry: &Geometry,
         lease: bool,
+        watches: usize,
         ways: &[TaskRun],
     ) -> io::Result<Self> {
-        use rustix::event::{EventfdFlags, eventfd};
         use rustix::fs::{OFlags, fcntl_getfl};
 
         let ops = usize::try_from(geometry.ops).map_err(|_| errno(libc::EINVAL))?;
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let files: Vec<_> = std::iter::once(image).chain(device).collect();
-        let (uring, task_run) = setup::ring(geometry.ops, &files, event.as_fd(), ways)?;
+        let files = setup::Files { image, device, watches };
+        let (uring, task_run) = setup::ring(geometry.ops, files, ways)?;
+        tracing::debug!(?task_run, "io_uring made");
+        let no_iowait = uring.params().is_feature_no_iowait();
         let writable = fcntl_getfl(image)?.intersection(OFlags::RWMODE) != OFlags::RDONLY;
         let kind = if writable { libc::F_WRLCK } else { libc::F_RDLCK };
         let buffers = Buffers {
@@ -138,38 +147,26 @@ impl Ring {
         };
         Ok(Self {
             uring: Uring(uring),
-            task_run,
             buffers,
             slots: (0..ops).map(|_| Slot::default()).collect(),
-            queued: VecDeque::with_capacity(ops),
+            queued: VecDeque::with_capacity(ops + watches),
             failed: VecDeque::with_capacity(ops),
             submitted: 0,
             broken: None,
             untold: None,
-            muted: false,
+            watches: (0..watches).map(|_| Watch::default()).collect(),
+            polls: 0,
+            uneasy: false,
+            no_iowait,
             // A duplicate, not a second open: the same description (R1), whoever closes the other.
             image: image.try_clone_to_owned()?,
             device: device.is_some(),
             lease: lease.then_some(kind),
-            event,
         })
     }
 }
 
 impl Ring {
-    /// Becomes readable when completions are there. Registered with the ring; for an epoll set.
-    #[must_use]
-    pub fn event_fd(&self) -> RawFd {
-        self.event.as_raw_fd()
-    }
-
-    /// Takes back what made [`event_fd`](Self::event_fd) readable. Not needed when it is watched
-    /// edge-triggered.
-    pub fn hear(&self) {
-        // The only way to fail is that nothing had been signalled.
-        let _ = rustix::io::read(&self.event, &mut [0_u8; 8]);
-    }
-
     /// The table of the requests' data.
     pub fn guests(&mut self) -> &mut GuestBuffers {
         &mut self.buffers.guests
@@ -178,15 +175,8 @@ impl Ring {
     /// Operations taken by `submit` and not yet returned by `reap`.
     #[must_use]
     pub fn in_flight(&self) -> u32 {
-        let waiting = self.queued.len() + self.failed.len();
+        let waiting = self.queued.iter().flatten().count() + self.failed.len();
         u32::try_from(waiting).unwrap_or(u32::MAX).saturating_add(self.submitted)
-    }
-
-    /// Whether completions come only inside our own `io_uring_enter`, the fastest way. False on
-    /// kernels before 6.1.
-    #[must_use]
-    pub fn is_deferred(&self) -> bool {
-        self.task_run == TaskRun::Deferred
     }
 
     /// The operation that a completion belongs to ends.
@@ -203,6 +193,10 @@ impl Ring {
     }
 
     fn accept(&mut self, entry: &cqueue::Entry) -> Option<Completion> {
+        if watch::is_watch(entry) {
+            self.heard(entry);
+            return None;
+        }
         let id = u32::try_from(entry.user_data()).ok().map(OpId).filter(|id| self.end(*id));
         let Some(id) = id else {
             // Cannot happen: every entry names its slot. If it does, the safe thing is to hold on
@@ -238,7 +232,7 @@ impl Ring {
                 self.buffers.guests.pin(tag);
             }
         }
-        self.queued.push_back(id);
+        self.queued.push_back(Some(id));
         Ok(())
     }
 
@@ -295,30 +289,18 @@ impl Io for Ring {
         }
     }
 
-    /// Enters the kernel only if it says that it holds completions back, and once: it sets that flag
-    /// after it has queued the work, so if the work was done in between, the flag stays set with
-    /// nothing behind it, and no number of enters clears it.
+    /// Reads shared memory only: what the kernel holds back comes with the next `enter` or `wait`.
     fn reap(&mut self) -> Option<Completion> {
         if let Some(completion) = self.failed.pop_front() {
             self.end(completion.id);
             return Some(completion);
         }
-        let mut entered = false;
-        loop {
-            while let Some(entry) = self.next_entry() {
-                if let Some(completion) = self.accept(&entry) {
-                    return Some(completion);
-                }
+        while let Some(entry) = self.next_entry() {
+            if let Some(completion) = self.accept(&entry) {
+                return Some(completion);
             }
-            if entered || !self.has_task_work() {
-                return None;
-            }
-            if self.call(0, 0).is_err() {
-                self.signal_self();
-                return None;
-            }
-            entered = true;
         }
+        None
     }
 
     fn now(&self) -> Duration {

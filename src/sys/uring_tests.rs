@@ -1,21 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use proptest::prelude::*;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::setup::TaskRun;
 use super::*;
 use crate::engine::io::{BounceSlot, Target};
 use crate::engine::units::DeviceOffset;
 use crate::sys::buffer::Memory;
 
 const BLOCK: u32 = 4096;
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(20);
 const IMAGE_BYTES: u64 = 1 << 20;
 const RAM: u64 = 0x1000_0000;
 const RAM_BYTES: usize = 8 << 20;
@@ -66,7 +71,7 @@ fn ram() -> Arc<Memory> {
 }
 
 fn ring(file: &File) -> Ring {
-    Ring::new(file.as_fd(), None, &GEOMETRY, false).unwrap()
+    Ring::new(file.as_fd(), None, &GEOMETRY, false, 0).unwrap()
 }
 
 fn guest(tag: u32, at: u64, len: u32) -> Buf {
@@ -82,17 +87,10 @@ fn set(ring: &mut Ring, tag: u32, memory: &Arc<Memory>, pieces: &[(u64, u32)]) {
     ring.guests().set(Tag(tag), Arc::clone(memory), &pieces, GEOMETRY.mem_align).unwrap();
 }
 
-fn readable(fd: RawFd, millis: u64) -> bool {
-    // SAFETY: the callers hold the ring that owns the descriptor.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-    let timeout = rustix::time::Timespec::try_from(Duration::from_millis(millis)).unwrap();
-    poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)).unwrap() == 1
-}
-
-/// Enters, and reaps until nothing is in flight, sleeping on the event descriptor alone.
+/// Waits and reaps until nothing is in flight.
 fn finish(ring: &mut Ring) -> Vec<Completion> {
     let mut done = Vec::new();
-    ring.enter().unwrap();
+    let start = Instant::now();
     loop {
         while let Some(completion) = ring.reap() {
             done.push(completion);
@@ -100,10 +98,32 @@ fn finish(ring: &mut Ring) -> Vec<Completion> {
         if ring.in_flight() == 0 {
             return done;
         }
-        assert!(readable(ring.event_fd(), 10_000), "no signal, {} in flight", ring.in_flight());
-        ring.hear();
-        ring.enter().unwrap();
+        assert!(start.elapsed() < PATIENCE, "{} in flight", ring.in_flight());
+        let _ = ring.wait();
     }
+}
+
+fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+}
+
+fn signal(event: &OwnedFd) {
+    rustix::io::write(event, &1_u64.to_ne_bytes()).unwrap();
+}
+
+/// Whether the ring says, soon, that the descriptor at `place` was signalled.
+fn hears(ring: &mut Ring, place: usize) -> bool {
+    // So that not hearing anything ends as well.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(50) {
+        ring.arm_watches();
+        ring.submit_queued();
+        assert_eq!(ring.reap(), None);
+        if ring.heard_at(place) {
+            return true;
+        }
+    }
+    false
 }
 
 /// The result of one operation on its own.
@@ -135,7 +155,6 @@ fn data_go_out_and_come_back() {
     let image = Image::new();
     let file = image.open(true);
     let (mut ring, memory) = (ring(&file), ram());
-    assert!(ring.is_deferred(), "this kernel should know DEFER_TASKRUN");
     let data = fill(1, 16384);
     memory.write_slice(&data, GuestAddress(RAM)).unwrap();
     set(&mut ring, 0, &memory, &[(0, 16384)]);
@@ -271,35 +290,14 @@ fn impossible_geometries_are_refused() {
     let file = image.open(true);
     for ops in [0, 32769, u32::MAX] {
         let geometry = Geometry { ops, ..GEOMETRY };
-        assert!(Ring::new(file.as_fd(), None, &geometry, false).is_err());
+        assert!(Ring::new(file.as_fd(), None, &geometry, false, 0).is_err());
     }
     for ops in [1, 3, 32768] {
         let geometry = Geometry { ops, ..GEOMETRY };
-        let mut ring = Ring::new(file.as_fd(), None, &geometry, false).unwrap();
+        let mut ring = Ring::new(file.as_fd(), None, &geometry, false, 0).unwrap();
         assert_eq!(ring.submit(OpId(ops - 1), Op::SyncImage), Poll::Pending);
         assert_eq!(finish(&mut ring).len(), 1);
     }
-}
-
-#[test]
-fn the_event_descriptor_tells_of_completions() {
-    let image = Image::new();
-    let file = image.open(true);
-    let (mut ring, memory) = (ring(&file), ram());
-    set(&mut ring, 0, &memory, &[(0, 4096)]);
-    assert!(!readable(ring.event_fd(), 0));
-    assert_eq!(ring.submit(OpId(1), Op::Read(Target::Image(0), guest(0, 0, 4096))), Poll::Pending);
-    assert!(!readable(ring.event_fd(), 20), "not entered yet");
-    ring.enter().unwrap();
-    assert!(readable(ring.event_fd(), 10_000));
-    ring.hear();
-    ring.enter().unwrap();
-    assert_eq!(ring.reap(), Some(Completion { id: OpId(1), result: 4096 }));
-    assert_eq!(ring.reap(), None);
-    assert_eq!(ring.in_flight(), 0);
-    ring.hear();
-    ring.hear();
-    assert!(!readable(ring.event_fd(), 0));
 }
 
 /// What older kernels make of it.
@@ -307,27 +305,25 @@ fn the_event_descriptor_tells_of_completions() {
 fn every_way_of_completion_works() {
     let image = Image::new();
     let file = image.open(true);
+
     for way in TaskRun::ALL {
-        let mut ring = Ring::with(file.as_fd(), None, &GEOMETRY, false, &[way]).unwrap();
-        assert_eq!(ring.task_run, way);
+        let mut ring = Ring::with(file.as_fd(), None, &GEOMETRY, false, 0, &[way]).unwrap();
         let memory = ram();
         set(&mut ring, 0, &memory, &[(0, 128 * 4096)]);
         for _ in 0..10 {
-            ring.mute();
             for id in 0..128 {
                 let at = u64::from(id) * 4096;
                 let op = Op::Write(Target::Image(at), guest(0, at, 4096));
                 assert_eq!(ring.submit(OpId(id), op), Poll::Pending);
             }
-            let _ = ring.listen();
             assert_eq!(finish(&mut ring).len(), 128);
             assert_eq!(run(&mut ring, Op::SyncImage), 0);
         }
     }
-    assert!(Ring::with(file.as_fd(), None, &GEOMETRY, false, &[]).is_err());
+    assert!(Ring::with(file.as_fd(), None, &GEOMETRY, false, 0, &[]).is_err());
 }
 
-/// With DEFER_TASKRUN one enter posts some 20 completions and signals nothing for the others.
+/// With DEFER_TASKRUN one enter posts some 20 completions and keeps the others back.
 #[test]
 fn no_completion_is_forgotten_in_a_large_batch() {
     let image = Image::new();
@@ -349,58 +345,117 @@ fn no_completion_is_forgotten_in_a_large_batch() {
 }
 
 #[test]
-fn a_muted_ring_loses_no_wakeup() {
+fn the_thread_sleeps_until_something_completes() {
     let image = Image::new();
     let file = image.open(true);
     let (mut ring, memory) = (ring(&file), ram());
     set(&mut ring, 0, &memory, &[(0, 16 * 4096)]);
-    let (mut started, mut done, mut slept) = (0_u64, 0, 0);
-    while done < 6000 {
-        ring.mute();
-        ring.hear();
-        loop {
-            while started < 6000 && ring.in_flight() < 1 + (started / 1000) as u32 {
-                let id = (0..16).find(|id| !ring.slots[*id].taken).unwrap();
-                let at = id as u64 * 4096;
-                let op = Op::Read(Target::Image(at), guest(0, at, 4096));
-                assert_eq!(ring.submit(OpId(id as u32), op), Poll::Pending);
-                started += 1;
-            }
-            ring.enter().unwrap();
-            while let Some(completion) = ring.reap() {
-                assert_eq!(completion.result, 4096);
-                done += 1;
-            }
-            if ring.listen() {
-                break;
-            }
+    let (mut started, mut done) = (0_u64, 0);
+    while done < 3000 {
+        while started < 3000 && ring.in_flight() < 1 + (started / 500) as u32 {
+            let id = (0..16).find(|id| !ring.slots[*id].taken).unwrap();
+            let at = id as u64 * 4096;
+            let op = Op::Read(Target::Image(at), guest(0, at, 4096));
+            assert_eq!(ring.submit(OpId(id as u32), op), Poll::Pending);
+            started += 1;
         }
-        if ring.in_flight() > 0 && done < 6000 {
-            slept += 1;
-            assert!(readable(ring.event_fd(), 10_000), "slept through a completion");
+        ring.wait().unwrap();
+        while let Some(completion) = ring.reap() {
+            assert_eq!(completion.result, 4096);
+            done += 1;
         }
     }
-    assert!(slept > 0);
+}
+
+/// No signal is lost at any distance from the sleep before it.
+#[test]
+fn watched_descriptors_end_the_sleep() {
+    const POSTS: u64 = 20_000;
+    let image = Image::new();
+    let file = image.open(true);
+    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, false, 2).unwrap();
+    let bell = event();
+    ring.watch(1, Some(bell.as_raw_fd()), Hear::Each).unwrap();
+    let posted = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&posted);
+    let poster = std::thread::spawn(move || {
+        for number in 0..POSTS {
+            count.fetch_add(1, Ordering::SeqCst);
+            signal(&bell);
+            (0..number % 211).for_each(|_| std::hint::spin_loop());
+        }
+        bell
+    });
+    // It ends only because the last post is heard.
+    while posted.load(Ordering::SeqCst) < POSTS {
+        ring.wait().unwrap();
+        assert_eq!(ring.reap(), None);
+    }
+    poster.join().unwrap();
 }
 
 #[test]
-fn a_muted_ring_is_silent_until_it_listens() {
+fn a_watched_descriptor_is_heard_at_each_signal_and_never_read() {
     let image = Image::new();
     let file = image.open(true);
-    let (mut ring, memory) = (ring(&file), ram());
-    set(&mut ring, 0, &memory, &[(0, 4096)]);
-    ring.mute();
-    assert_eq!(ring.submit(OpId(0), Op::Read(Target::Image(0), guest(0, 0, 4096))), Poll::Pending);
-    ring.enter().unwrap();
-    let start = Instant::now();
-    while !ring.has_completions() {
-        assert!(start.elapsed() < Duration::from_secs(10));
+    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, false, 3).unwrap();
+    let (bell, other) = (event(), event());
+    signal(&bell);
+    ring.watch(2, Some(bell.as_raw_fd()), Hear::Each).unwrap();
+    assert!(hears(&mut ring, 2), "signalled before it was watched");
+    assert!(!hears(&mut ring, 2));
+    signal(&bell);
+    signal(&bell);
+    assert!(hears(&mut ring, 2));
+    assert!(!hears(&mut ring, 0) && !hears(&mut ring, 1));
+    let mut count = [0; 8];
+    rustix::io::read(&bell, &mut count).unwrap();
+    assert_eq!(u64::from_ne_bytes(count), 3);
+    // Another one in its place, then none.
+    ring.watch(2, Some(other.as_raw_fd()), Hear::Each).unwrap();
+    signal(&bell);
+    assert!(!hears(&mut ring, 2));
+    signal(&other);
+    assert!(hears(&mut ring, 2));
+    ring.watch(2, None, Hear::Each).unwrap();
+    signal(&other);
+    assert!(!hears(&mut ring, 2));
+    assert_eq!(ring.polls, 0);
+    assert_eq!(ring.watch(3, None, Hear::Each).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    ring.watch(2, Some(i32::MAX), Hear::Each).unwrap_err();
+    assert!(!hears(&mut ring, 2));
+}
+
+#[test]
+fn a_level_is_heard_until_it_is_gone() {
+    let image = Image::new();
+    let file = image.open(true);
+    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, false, 1).unwrap();
+    let bell = event();
+    ring.watch(0, Some(bell.as_raw_fd()), Hear::Level).unwrap();
+    assert!(!hears(&mut ring, 0));
+    signal(&bell);
+    assert!(hears(&mut ring, 0) && hears(&mut ring, 0));
+    rustix::io::read(&bell, &mut [0; 8]).unwrap();
+    let _ = hears(&mut ring, 0);
+    assert!(!hears(&mut ring, 0));
+}
+
+/// Kernels that wait for a file's last poll before they let go of the files must not wait for ever.
+#[test]
+fn dropping_takes_the_watches_back() {
+    let image = Image::new();
+    let file = image.open(true);
+    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, false, 8).unwrap();
+    let bell = event();
+    for place in 0..8 {
+        ring.watch(place, Some(bell.as_raw_fd()), Hear::Each).unwrap();
     }
-    assert!(!readable(ring.event_fd(), 20));
-    assert!(!ring.listen(), "sleeping now would be for ever");
-    assert_eq!(ring.reap(), Some(Completion { id: OpId(0), result: 4096 }));
-    assert_eq!(ring.reap(), None);
-    assert!(ring.listen());
+    ring.arm_watches();
+    ring.submit_queued();
+    assert_eq!(ring.polls, 8);
+    assert!(ring.disarm_all());
+    assert_eq!(ring.polls, 0);
 }
 
 #[test]
@@ -408,7 +463,7 @@ fn a_batch_larger_than_the_submission_queue_is_carried_out() {
     let image = Image::new();
     let file = image.open(true);
     let geometry = Geometry { ops: 6000, ..GEOMETRY };
-    let mut ring = Ring::new(file.as_fd(), None, &geometry, false).unwrap();
+    let mut ring = Ring::new(file.as_fd(), None, &geometry, false, 0).unwrap();
     let memory = ram();
     set(&mut ring, 0, &memory, &[(0, 512)]);
     for id in 0..6000 {
@@ -433,12 +488,12 @@ fn nothing_but_reads_writes_and_syncs_of_fixed_files_is_possible() {
         io_uring::opcode::Close::new(io_uring::types::Fixed(0)).build(),
     ] {
         ring.slots[0].taken = true;
-        ring.queued.push_back(OpId(0));
+        ring.queued.push_back(Some(OpId(0)));
         // SAFETY: the entry points to no memory.
         unsafe { ring.uring.0.submission().push(&entry.user_data(0)) }.unwrap();
         assert_eq!(finish(&mut ring), [Completion { id: OpId(0), result: -libc::EACCES }]);
     }
-    assert!(ring.uring.0.submitter().unregister_eventfd().is_err());
+    assert!(ring.uring.0.submitter().register_eventfd(file.as_raw_fd()).is_err());
     assert_eq!(run(&mut ring, Op::SyncImage), 0);
 }
 
@@ -451,7 +506,6 @@ fn on_another_thread_operations_fail_and_nothing_is_lost() {
     std::thread::spawn(move || {
         assert_eq!(ring.enter().unwrap_err().raw_os_error(), Some(libc::EEXIST));
         assert!(ring.enter().is_ok(), "told once");
-        assert!(readable(ring.event_fd(), 0));
         assert_eq!(ring.reap(), Some(Completion { id: OpId(0), result: -libc::EEXIST }));
         assert_eq!(ring.reap(), None);
         assert_eq!(ring.in_flight(), 0);
@@ -492,7 +546,7 @@ fn dropping_waits_for_what_is_in_flight() {
 /// A pipe as image: a read of it takes until somebody writes.
 fn endless_read(memory: &Arc<Memory>) -> (Ring, io::PipeWriter) {
     let (reader, writer) = io::pipe().unwrap();
-    let mut ring = Ring::new(reader.as_fd(), None, &GEOMETRY, false).unwrap();
+    let mut ring = Ring::new(reader.as_fd(), None, &GEOMETRY, false, 0).unwrap();
     set(&mut ring, 0, memory, &[(0, 4096)]);
     let op = Op::Read(Target::Image(0), guest(0, 0, 4096));
     assert_eq!(ring.submit(OpId(0), op), Poll::Pending);
@@ -542,7 +596,7 @@ fn the_lease_is_confirmed_only_while_held() {
     let image = Image::new();
     for (write, kind) in [(true, libc::F_WRLCK), (false, libc::F_RDLCK)] {
         let file = image.open(write);
-        let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, true).unwrap();
+        let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, true, 0).unwrap();
         assert_eq!(run(&mut ring, Op::ConfirmLease), 0, "none taken");
         set_lease(&file, kind);
         assert_eq!(run(&mut ring, Op::ConfirmLease), 1);
@@ -564,7 +618,7 @@ fn the_ring_is_the_fence() {
     let image = Image::new();
     let file = image.open(true);
     set_lease(&file, libc::F_WRLCK);
-    let ring = Ring::new(file.as_fd(), None, &GEOMETRY, true).unwrap();
+    let ring = Ring::new(file.as_fd(), None, &GEOMETRY, true, 0).unwrap();
     drop(file);
     let refused = image.try_open(false, libc::O_NONBLOCK).unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
@@ -601,7 +655,7 @@ fn the_device_is_written_read_and_flushed_in_ranges() {
     };
     let other = Image::new();
     let file = other.open(true);
-    let mut ring = Ring::new(file.as_fd(), Some(device.as_fd()), &GEOMETRY, false).unwrap();
+    let mut ring = Ring::new(file.as_fd(), Some(device.as_fd()), &GEOMETRY, false, 0).unwrap();
     let memory = ram();
     let data = fill(4, 8192);
     memory.write_slice(&data, GuestAddress(RAM)).unwrap();
@@ -643,7 +697,7 @@ fn a_device_flush_leaves_dirty_pages_outside_its_range_alone() {
         byte[0]
     };
     let file = image.try_open(true, 0).unwrap();
-    let mut ring = Ring::new(file.as_fd(), Some(device.as_fd()), &GEOMETRY, false).unwrap();
+    let mut ring = Ring::new(file.as_fd(), Some(device.as_fd()), &GEOMETRY, false, 0).unwrap();
     for (at, len, spared) in [(0, 4096, 4096), (8192, 8192, 16384), (0, 1, 4096), (8192, 1, 12288)]
     {
         buffered.write_all_at(&[at as u8 ^ 0x11; 512], at).unwrap();

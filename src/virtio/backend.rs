@@ -26,7 +26,7 @@ use super::features;
 use super::mailbox::{Mailbox, Slot};
 use super::queue::{AtomicMemory, Queue, QueueCounters, Vring};
 use super::session::DeviceConfig;
-use super::worker::{Handler, Mail, Parts, Worker};
+use super::worker::{Handler, Mail, Parts, Worker, watches};
 use crate::engine;
 use crate::engine::counters::Counters;
 use crate::engine::message::WorkerId;
@@ -204,7 +204,8 @@ impl Backend {
         let count = u32::try_from(queues.len()).unwrap_or(u32::MAX);
         let max_requests = count.saturating_mul(u32::from(config.queue_size));
         let (image, device) = (config.files.image_fd(), config.files.device_fd());
-        let ring = Ring::new(image, device, &config.geometry, config.lease)?;
+        let watches = watches(queues.len());
+        let ring = Ring::new(image, device, &config.geometry, config.lease, watches)?;
         let mut engine = engine::Worker::new(
             config.geometry,
             config.rules,
@@ -345,7 +346,7 @@ impl VhostUserBackend for Backend {
 
     fn handle_event(
         &self,
-        token: u16,
+        _token: u16,
         _events: EventSet,
         vrings: &[Vring],
         thread: usize,
@@ -355,7 +356,7 @@ impl VhostUserBackend for Backend {
                 *worker = self.take_seat(thread);
             }
             if let Some(worker) = worker {
-                worker.event(token, vrings);
+                worker.event(vrings);
             }
         });
         // An error would end the thread without a word.

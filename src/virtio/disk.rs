@@ -10,7 +10,7 @@ use super::chain::Piece;
 use super::queue::Quiet;
 use super::worker::Disk;
 use crate::engine::{Completion, Io, Op, OpId, Tag};
-use crate::sys::uring::Ring;
+use crate::sys::uring::{Hear, Ring};
 
 /// A ring, and the alignment its image needs of guest memory.
 #[derive(Debug)]
@@ -48,24 +48,24 @@ impl Io for RingDisk {
 }
 
 impl Disk for RingDisk {
-    fn event_fd(&self) -> RawFd {
-        self.ring.event_fd()
+    fn watch(&mut self, place: usize, fd: Option<RawFd>, hear: Hear) -> io::Result<()> {
+        self.ring.watch(place, fd, hear)
     }
 
-    fn hear(&self) {
-        self.ring.hear();
+    fn heard_at(&mut self, place: usize) -> bool {
+        self.ring.heard_at(place)
     }
 
     fn enter(&mut self) -> io::Result<()> {
         self.ring.enter()
     }
 
-    fn mute(&mut self) {
-        self.ring.mute();
+    fn wait(&mut self) -> io::Result<()> {
+        self.ring.wait()
     }
 
-    fn listen(&mut self) -> bool {
-        self.ring.listen()
+    fn has_completions(&mut self) -> bool {
+        self.ring.has_completions()
     }
 
     fn in_flight(&self) -> u32 {

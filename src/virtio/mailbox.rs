@@ -47,13 +47,18 @@ impl<T> Mailbox<T> {
         self.bell.rung.load(Ordering::Acquire)
     }
 
-    /// Silences the bell; call it before draining with [`next`](Self::next).
+    /// Makes later posts ring again; call it before draining with [`next`](Self::next).
     pub(crate) fn hear(&self) {
+        self.bell.rung.swap(false, Ordering::SeqCst);
+    }
+
+    /// Makes the bell's fd silent, for those who watch it by its level; call it before
+    /// [`hear`](Self::hear).
+    pub(crate) fn silence(&self) {
         // First the fd: a post in between finds the bell rung and does not ring it, and its mail is
         // found by the draining that follows. The other way round its ring would be swallowed, and
         // no later post would ring again. An empty eventfd says EAGAIN: nothing to silence.
         let _ = self.bell.fd.read();
-        self.bell.rung.swap(false, Ordering::SeqCst);
     }
 
     /// The next piece of mail, without waiting.
@@ -87,7 +92,15 @@ impl<T> Slot<T> {
     }
 }
 
+/// The bell.
 impl<T> AsRawFd for Slot<T> {
+    fn as_raw_fd(&self) -> RawFd {
+        self.bell.fd.as_raw_fd()
+    }
+}
+
+/// The bell.
+impl<T> AsRawFd for Mailbox<T> {
     fn as_raw_fd(&self) -> RawFd {
         self.bell.fd.as_raw_fd()
     }
@@ -118,6 +131,7 @@ mod tests {
         while next < POSTS {
             let woken = epoll.wait(5000, &mut [EpollEvent::default()]).unwrap();
             assert_eq!(woken, 1, "asleep with mail {next} in the box");
+            mailbox.silence();
             mailbox.hear();
             while let Some(number) = mailbox.next() {
                 assert_eq!(number, next);

@@ -29,7 +29,7 @@ use super::features::Topology;
 use super::mailbox::{Mailbox, mailbox};
 use super::queue::QueueCounters;
 use super::relay::Relay;
-use super::worker::{Mail, Tokens};
+use super::worker::{Mail, mailbox_token};
 use crate::engine::counters::Counters;
 use crate::engine::message::{ToWorker, WorkerId};
 use crate::engine::request::Limits;
@@ -206,7 +206,7 @@ impl Session {
         let Some(daemon) = &mut self.daemon else { return Ok(()) };
         // Only now: later this would wait for a `stop_vring` that waits for the disk.
         let handlers = daemon.get_epoll_handlers();
-        let token = u64::from(Tokens::new(self.backend.num_queues()).mailbox());
+        let token = mailbox_token(self.backend.num_queues());
         let mut waits: Vec<Receiver<io::Result<()>>> = Vec::new();
         let threads = self.backend.threads().iter().zip(handlers).zip(mailboxes);
         for (index, ((thread, handler), mailbox)) in threads.enumerate() {

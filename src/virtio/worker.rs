@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One worker thread: its queues, its requests, its ring, its mailbox.
 //!
-//! The thread is vhost-user-backend's and sleeps in its epoll loop. Whatever wakes it, it goes
-//! round ([`Worker::run`]) until there is nothing left to do: hear the mailbox, take chains, enter
-//! the ring once, answer what has completed, signal each guest queue once. It never blocks, and
-//! only it touches what is in here.
+//! The thread is vhost-user-backend's. Once it has been woken for the first time it stays here
+//! ([`Worker::run`]) and sleeps in its ring, which wakes it for completions, kicks and mail alike, and for whatever
+//! happens in the crate's epoll set: then it goes back there. Each time it goes round: hear the mailbox, answer what has
+//! completed, take chains, signal each guest queue once, and hand the kernel everything in the system
+//! call in which it sleeps. It never blocks, and only it touches what is in here.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -20,14 +21,15 @@ use super::Memory;
 use super::backend::Backend;
 use super::chain::{Chain, Piece};
 use super::mailbox::Mailbox;
-use super::notify::{Heard, Notifier};
-use super::queue::{Broken, Queue, Quiet, Vring};
+use super::notify::Notifier;
+use super::queue::{BATCH, Broken, Queue, Quiet, Vring};
 use super::requests::Requests;
 use crate::engine;
 use crate::engine::message::{ToWorker, WorkerId};
 use crate::engine::request::{Kind, Status};
 use crate::engine::{Io, Tag};
 use crate::inbox::Event;
+use crate::sys::uring::Hear;
 
 #[path = "worker_orders.rs"]
 mod orders;
@@ -38,16 +40,18 @@ use orders::Order;
 
 /// What a worker needs of its ring beyond [`Io`].
 pub(crate) trait Disk: Io {
-    /// Readable when completions are there.
-    fn event_fd(&self) -> RawFd;
-    /// Takes back what made it readable.
-    fn hear(&self);
+    /// Lets the signals of `fd` end [`wait`](Self::wait); see [`Ring::watch`].
+    ///
+    /// [`Ring::watch`]: crate::sys::uring::Ring::watch
+    fn watch(&mut self, place: usize, fd: Option<RawFd>, hear: Hear) -> io::Result<()>;
+    /// Whether there were such signals.
+    fn heard_at(&mut self, place: usize) -> bool;
     /// Hands what is queued to the kernel, without waiting.
     fn enter(&mut self) -> io::Result<()>;
-    /// Completions need not signal while the thread is awake.
-    fn mute(&mut self);
-    /// Completions signal again; false if there is something to reap already.
-    fn listen(&mut self) -> bool;
+    /// Hands what is queued to the kernel and sleeps until there is something to do.
+    fn wait(&mut self) -> io::Result<()>;
+    /// Whether something has completed. No system call.
+    fn has_completions(&mut self) -> bool;
     /// Operations not yet reaped.
     fn in_flight(&self) -> u32;
     /// The request's data are these pieces. `None` if one is not guest memory; else whether they
@@ -89,34 +93,19 @@ pub(crate) enum Mail {
 /// The crate's epoll loop of a thread.
 pub(crate) type Handler = VringEpollHandler<Arc<Backend>>;
 
-/// The tokens of a thread's own fds in its epoll set, above those the crate keeps for itself.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Tokens {
-    first: u16,
+/// The token of a mailbox in its thread's epoll set, above those the crate keeps for itself.
+pub(crate) fn mailbox_token(num_queues: u16) -> u64 {
+    u64::from(num_queues) + 1
 }
 
-impl Tokens {
-    /// On a device with `num_queues` queues.
-    pub(crate) fn new(num_queues: u16) -> Self {
-        Self { first: num_queues.saturating_add(1) }
-    }
+/// What a worker watches: the crate's epoll set, its mailbox, the doorbells of its queues.
+const CRATE: usize = 0;
+const MAILBOX: usize = 1;
+const FIRST_KICK: usize = 2;
 
-    /// The mailbox.
-    pub(crate) fn mailbox(self) -> u16 {
-        self.first
-    }
-
-    fn disk(self) -> u16 {
-        self.first + 1
-    }
-
-    fn kick(self, queue: usize) -> u16 {
-        self.first + 2 + u16::try_from(queue).unwrap_or(0)
-    }
-
-    fn queue(self, token: u16) -> Option<usize> {
-        token.checked_sub(self.first + 2).map(usize::from)
-    }
+/// How many descriptors a worker with `queues` queues watches.
+pub(crate) const fn watches(queues: usize) -> usize {
+    FIRST_KICK + queues
 }
 
 /// What a worker is made of.
@@ -139,7 +128,6 @@ pub(crate) struct Worker<D> {
     backend: Arc<Backend>,
     handler: Arc<Handler>,
     mailbox: Mailbox<Mail>,
-    tokens: Tokens,
     queues: Vec<Queue>,
     engine: engine::Worker,
     counters: Arc<engine::counters::Counters>,
@@ -160,20 +148,20 @@ pub(crate) struct Worker<D> {
 }
 
 impl<D: Disk> Worker<D> {
-    /// Puts a worker together, on its thread.
+    /// Puts a worker together, on its thread. From here on its mailbox rings in the ring.
     ///
     /// # Errors
-    /// The ring's event fd cannot be watched.
-    pub(crate) fn new(parts: Parts<D>) -> io::Result<Self> {
-        let tokens = Tokens::new(parts.backend.num_queues());
-        let token = u64::from(tokens.disk());
-        parts.handler.register_listener(parts.disk.event_fd(), EventSet::IN, token)?;
+    /// The mailbox or the crate's epoll set cannot be watched.
+    pub(crate) fn new(mut parts: Parts<D>) -> io::Result<Self> {
+        let (bell, token) = (parts.mailbox.as_raw_fd(), mailbox_token(parts.backend.num_queues()));
+        parts.disk.watch(CRATE, Some(parts.handler.as_raw_fd()), Hear::Level)?;
+        parts.disk.watch(MAILBOX, Some(bell), Hear::Each)?;
+        parts.handler.unregister_listener(bell, EventSet::IN, token)?;
         Ok(Self {
             id: parts.id,
             backend: parts.backend,
             handler: parts.handler,
             mailbox: parts.mailbox,
-            tokens,
             queues: parts.queues,
             engine: parts.engine,
             counters: parts.counters,
@@ -191,65 +179,75 @@ impl<D: Disk> Worker<D> {
         })
     }
 
-    /// Something happened: `token` says which fd was readable, if it was one of ours.
-    pub(crate) fn event(&mut self, token: u16, vrings: &[Vring]) {
-        if token == self.tokens.disk() {
-            if let Some(disk) = &self.disk {
-                disk.hear();
-            }
-        } else if token == self.tokens.mailbox() {
-            // Whether it looks rung or not: a post rings in two steps, and one that we saw between
-            // them, awake, rings for mail that we have read.
+    /// The crate's epoll set had something, perhaps our mail.
+    pub(crate) fn event(&mut self, vrings: &[Vring]) {
+        if self.disk.is_none() {
+            // The mailbox is back in the set, and heard by its level. Whether it looks rung or not: a post
+            // rings in two steps, and one that we saw between them, awake, rings for mail that we have read.
+            self.mailbox.silence();
             self.read_mail();
-        } else if let Some(queue) = self.tokens.queue(token) {
-            self.hear_kick(queue);
         }
         self.run(vrings);
     }
 
-    /// Goes round until there is nothing to do and everything that may come will wake us.
+    /// Goes round until the crate has something to do or the ring is gone, and sleeps in between.
     fn run(&mut self, vrings: &[Vring]) {
-        if let Some(disk) = &mut self.disk {
-            disk.mute();
-        }
         loop {
             let heard = self.hear_mail();
-            let taken = self.take_all(vrings);
-            let answered = self.move_on(vrings);
+            self.answer_all(vrings);
+            let full = self.take_all(vrings);
+            self.answer_all(vrings);
             let settled = self.settle();
-            let busy = heard || taken || answered || settled || self.arm(vrings);
-            if !busy && self.listen() {
+            let Some(disk) = &mut self.disk else {
+                if heard || settled {
+                    continue;
+                }
                 return;
+            };
+            if disk.heard_at(CRATE) {
+                return self.enter();
+            }
+            if heard || full || settled || self.arm(vrings) {
+                self.enter();
+            } else {
+                self.sleep();
             }
         }
     }
 
-    /// Enters the ring, answers what is finished, passes on what the keeper must know.
-    fn move_on(&mut self, vrings: &[Vring]) -> bool {
+    /// Gives the kernel what is queued.
+    fn enter(&mut self) {
+        let result = self.disk.as_mut().map_or(Ok(()), Disk::enter);
+        self.complain(result);
+    }
+
+    /// The same, and waits for whatever happens next.
+    fn sleep(&mut self) {
+        let result = self.disk.as_mut().map_or(Ok(()), Disk::wait);
+        self.complain(result);
+    }
+
+    fn complain(&self, result: io::Result<()>) {
+        if let Err(error) = result {
+            tracing::error!(worker = self.id.0, %error, "io_uring refuses to work");
+        }
+    }
+
+    /// Reads completions, answers what is finished, passes on what the keeper must know.
+    fn answer_all(&mut self, vrings: &[Vring]) {
         if let Some(disk) = &mut self.disk {
-            if let Err(error) = disk.enter() {
-                tracing::error!(worker = self.id.0, %error, "io_uring refuses to work");
-            }
             self.engine.reap(disk);
-            // What the completions led to must not wait for the next event.
-            if let Err(error) = disk.enter() {
-                tracing::error!(worker = self.id.0, %error, "io_uring refuses to work");
-            }
         }
         while let Some((tag, status)) = self.engine.poll_done() {
             self.answer_pending(tag, status);
         }
         self.post_messages();
-        let mut published = false;
-        let memory = Arc::clone(&self.memory);
         for (place, vring) in vrings.iter().enumerate() {
-            match self.queues.get_mut(place).map(|queue| queue.publish(vring, &memory)) {
-                Some(Ok(any)) => published |= any,
-                Some(Err(why)) => self.break_queue(place, why),
-                None => {}
+            let Some(queue) = self.queues.get_mut(place) else { continue };
+            if let Err(why) = queue.publish(vring, &self.memory) {
+                self.break_queue(place, why);
             }
         }
-        published
     }
 
     fn post_messages(&mut self) {
@@ -284,14 +282,13 @@ impl<D: Disk> Worker<D> {
         if self.holds_everything() {
             return false;
         }
-        let memory = Arc::clone(&self.memory);
         let mut more = false;
         for (place, vring) in vrings.iter().enumerate() {
             let Some(queue) = self.queues.get_mut(place) else { continue };
             if !queue.is_open() {
                 continue;
             }
-            match queue.arm(vring, &memory) {
+            match queue.arm(vring, &self.memory) {
                 Ok(waiting) => more |= waiting,
                 Err(why) => self.break_queue(place, why),
             }
@@ -299,36 +296,21 @@ impl<D: Disk> Worker<D> {
         more
     }
 
-    /// Whether we may sleep as far as the ring is concerned.
-    fn listen(&mut self) -> bool {
-        let quiet = self.disk.as_mut().is_none_or(Disk::listen);
-        if !quiet && let Some(disk) = &mut self.disk {
-            disk.mute();
-        }
-        quiet
-    }
-
-    fn hear_kick(&mut self, place: usize) {
-        let kick = self.queues.get(place).and_then(|queue| queue.kick.as_ref());
-        if kick.is_some_and(|kick| kick.hear() == Heard::Broken) {
-            tracing::warn!(queue = place, "kick fd is broken, no longer watched");
-            self.set_kick(place, None);
-        }
-    }
-
-    /// Watches another doorbell. The old one must leave the epoll set by hand: the frontend holds
-    /// the same description, so closing our fd would not remove it.
+    /// Watches another doorbell. What the old one was rung for is looked for in the ring anyway; it is read
+    /// so that whoever has the other end does not take it for a kick that nobody heard.
     fn set_kick(&mut self, place: usize, kick: Option<Notifier>) {
-        let token = u64::from(self.tokens.kick(place));
         let Some(queue) = self.queues.get_mut(place) else { return };
+        let Some(disk) = &mut self.disk else {
+            queue.kick = None;
+            return;
+        };
+        let fd = kick.as_ref().map(|kick| kick.as_fd().as_raw_fd());
+        let watched = disk.watch(FIRST_KICK + place, fd, Hear::Each);
         if let Some(old) = queue.kick.take() {
-            let old = old.as_fd().as_raw_fd();
-            let _ = self.handler.unregister_listener(old, EventSet::IN, token);
+            old.hear();
         }
-        let Some(kick) = kick else { return };
-        let fd = kick.as_fd().as_raw_fd();
-        match self.handler.register_listener(fd, EventSet::IN, token) {
-            Ok(()) => queue.kick = Some(kick),
+        match watched {
+            Ok(()) => queue.kick = kick,
             Err(error) => tracing::warn!(queue = queue.index, %error, "kick fd cannot be watched"),
         }
     }

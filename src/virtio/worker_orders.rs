@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The mailbox, and what waits for requests to end (R22).
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::EventSet;
 
-use super::{Disk, Mail, Worker};
+use super::{Disk, Mail, Worker, mailbox_token};
 use crate::inbox::Event;
 use crate::virtio::Memory;
 use crate::virtio::notify::Notifier;
@@ -143,9 +144,11 @@ impl<D: Disk> Worker<D> {
         if !drained || !self.disk.as_ref().is_some_and(idle) {
             return false;
         }
-        if let Some(disk) = self.disk.take() {
-            let token = u64::from(self.tokens.disk());
-            let _ = self.handler.unregister_listener(disk.event_fd(), EventSet::IN, token);
+        self.disk = None;
+        // Mail comes by the crate's epoll set again.
+        let (bell, token) = (self.mailbox.as_raw_fd(), mailbox_token(self.backend.num_queues()));
+        if let Err(error) = self.handler.register_listener(bell, EventSet::IN, token) {
+            tracing::error!(worker = self.id.0, %error, "a finished worker cannot hear its mail");
         }
         // R13: what was written since the last flush is still owed to the next session's.
         self.engine.retire();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vm_memory::Bytes;
 
-use super::{Disk, Worker};
+use super::{BATCH, Disk, Worker};
 use crate::engine::request::{self, Kind, MAX_SEGMENTS, Parsed, Request, SEGMENT_BYTES, Status};
 use crate::virtio::Memory;
 use crate::virtio::chain::{Chain, Malformed, Parts, Piece, Table};
@@ -23,18 +23,18 @@ struct Arrival {
 }
 
 impl<D: Disk> Worker<D> {
-    /// Takes a batch from every queue that may be served. True if there was anything.
+    /// Takes a batch from every queue that may be served. True if there may be more in one.
     pub(super) fn take_all(&mut self, vrings: &[Vring]) -> bool {
         if self.holds_everything() {
             return false;
         }
         let Some(mut disk) = self.disk.take() else { return false };
-        let mut any = false;
+        let mut full = false;
         for (place, vring) in vrings.iter().enumerate() {
-            any |= self.take(&mut disk, place, vring);
+            full |= self.take(&mut disk, place, vring);
         }
         self.disk = Some(disk);
-        any
+        full
     }
 
     fn take(&mut self, disk: &mut D, place: usize, vring: &Vring) -> bool {
@@ -45,13 +45,14 @@ impl<D: Disk> Worker<D> {
         let mut heads = std::mem::take(&mut self.heads);
         heads.clear();
         let result = queue.take(vring, &self.memory, &mut heads);
-        let any = match result {
+        let full = match result {
             Err(why) => {
                 self.break_queue(place, why);
                 false
             }
             Ok(_) if heads.is_empty() => false,
             Ok(at) => {
+                let full = heads.len() >= usize::from(BATCH);
                 self.adopt_write_through();
                 let memory = Arc::clone(&self.memory);
                 let table = Table::new(&memory, at.table, u32::from(at.size));
@@ -60,11 +61,11 @@ impl<D: Disk> Worker<D> {
                     let arrival = Arrival { queue: place, head, now };
                     self.arrive(disk, &memory, &table, arrival);
                 }
-                true
+                full
             }
         };
         self.heads = heads;
-        any
+        full
     }
 
     /// Looked at after a batch was taken and before any of it is accepted: a guest that was told

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A ring's dealings with the kernel: entering it, being signalled by it, leaving it.
+//! A ring's dealings with the kernel: entering it, sleeping in it, leaving it.
 
 use std::io;
-use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
 
 use io_uring::EnterFlags;
 use io_uring::types::{SubmitArgs, Timespec};
@@ -12,120 +12,120 @@ use crate::engine::Completion;
 
 /// How often an `io_uring_enter` is repeated at once before other work gets its turn.
 const ENTER_TRIES: u32 = 8;
-/// Pieces of work that one enter handles at least, if there are so many.
-const WORK_PER_ENTER: usize = 16;
 /// How long a closing ring waits before it says that it still waits.
-const PATIENCE_SECONDS: u64 = 30;
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a thread sleeps that the kernel could not take everything from.
+pub(super) const BREATH: Duration = Duration::from_millis(2);
 
 impl Ring {
-    /// Whether [`reap`](crate::engine::Io::reap) would find something. No system call: fit for spinning.
+    /// Whether [`reap`](crate::engine::Io::reap) would find something, now or after an
+    /// [`enter`](Self::enter). No system call: fit for spinning.
     pub fn has_completions(&mut self) -> bool {
         !self.failed.is_empty() || !self.uring.0.completion().is_empty() || self.has_task_work()
-    }
-
-    /// Stops the signals on [`event_fd`](Self::event_fd) while the thread is awake and looks for
-    /// completions itself: they cost the kernel time and wake a thread for what it has already
-    /// reaped. A no-op where it would not be safe.
-    pub fn mute(&mut self) {
-        // That no signal gets lost needs the kernel to set its flag before it looks at ours. With
-        // DEFER_TASKRUN everything goes by the one flag SQ_TASKRUN, set by a locked instruction,
-        // and that is a full barrier on x86; other machines promise nothing of the kind.
-        if cfg!(target_arch = "x86_64") && self.is_deferred() && !self.muted {
-            self.uring.0.completion().disable_eventfd();
-            self.muted = true;
-        }
-    }
-
-    /// Lets signals through again. True if the thread may sleep: whatever completes from now on
-    /// makes [`event_fd`](Self::event_fd) readable. False if there is something to reap already.
-    #[must_use]
-    pub fn listen(&mut self) -> bool {
-        if self.muted {
-            self.uring.0.completion().enable_eventfd();
-            self.muted = false;
-            fence(Ordering::SeqCst);
-        }
-        // The kernel's flag may be set with nothing behind it (see `reap`), so it alone must not keep
-        // the thread awake. Enters find out: one handles some 20 pieces of work, so after this many
-        // without a completion none is left, and later ones signal.
-        for _ in 0..=self.slots.len() / WORK_PER_ENTER {
-            if !self.failed.is_empty() || !self.uring.0.completion().is_empty() {
-                return false;
-            }
-            if !self.has_task_work() {
-                return true;
-            }
-            if self.call(0, 0).is_err() {
-                self.signal_self();
-                return true;
-            }
-        }
-        self.uring.0.completion().is_empty()
     }
 
     /// Hands what is queued to the kernel and lets it finish what has completed; does not wait.
     /// One `io_uring_enter`, or no system call if there is nothing to do.
     ///
-    /// If the kernel is short of memory for now, operations stay queued, and
-    /// [`event_fd`](Self::event_fd) is made readable so that the thread comes back.
+    /// If the kernel is short of memory for now, operations stay queued for the next time.
     ///
     /// # Errors
     ///
     /// The kernel refuses this ring for good, told once. Every operation that it had not taken,
     /// and every later one, ends with that error as its result.
     pub fn enter(&mut self) -> io::Result<()> {
-        if self.queued.is_empty() && self.untold.is_none() && !self.has_task_work() {
-            return Ok(());
+        if !self.queued.is_empty() || self.has_task_work() {
+            self.submit_queued();
         }
-        self.submit_queued();
-        match self.untold.take() {
-            Some(error) => Err(errno(error)),
-            None => Ok(()),
+        self.tell()
+    }
+
+    /// Hands what is queued to the kernel and sleeps until there is something to
+    /// [`reap`](crate::engine::Io::reap), or a watched descriptor is signalled. It may return sooner.
+    ///
+    /// # Errors
+    ///
+    /// As for [`enter`](Self::enter). Such a ring only dozes.
+    pub fn wait(&mut self) -> io::Result<()> {
+        self.arm_watches();
+        if !self.failed.is_empty() || !self.uring.0.completion().is_empty() {
+            return self.enter();
         }
+        if self.broken.is_some() {
+            self.doze();
+            return self.tell();
+        }
+        let rest = self.uneasy.then_some(BREATH);
+        match self.call(self.queued.len(), 1, rest) {
+            Ok(taken) => self.took(taken),
+            Err(libc::EINTR | libc::ETIME | libc::EBUSY) => {}
+            Err(libc::EAGAIN) => self.doze(),
+            Err(error) => self.give_up(error),
+        }
+        self.tell()
+    }
+
+    fn tell(&mut self) -> io::Result<()> {
+        self.untold.take().map_or(Ok(()), |error| Err(errno(error)))
+    }
+
+    fn doze(&self) {
+        std::thread::sleep(BREATH);
     }
 
     /// Enters until the kernel has taken everything queued, or takes nothing more for now.
     pub(super) fn submit_queued(&mut self) {
         for _ in 0..ENTER_TRIES {
-            match self.call(self.queued.len(), 0) {
+            match self.call(self.queued.len(), 0, None) {
                 Ok(taken) => self.took(taken),
                 Err(libc::EINTR) => {}
-                Err(libc::EAGAIN | libc::EBUSY) => break,
+                Err(libc::EAGAIN | libc::EBUSY) => return,
                 Err(error) => return self.give_up(error),
             }
             if self.queued.is_empty() {
                 return;
             }
         }
-        self.signal_self();
     }
 
-    /// One `io_uring_enter`: what the kernel took, or an errno.
-    pub(super) fn call(&self, submit: usize, wait_seconds: u64) -> Result<usize, i32> {
+    /// One `io_uring_enter` that waits for `wanted` completions, but not beyond `timeout`: what the
+    /// kernel took, or an errno.
+    pub(super) fn call(
+        &self,
+        submit: usize,
+        wanted: usize,
+        timeout: Option<Duration>,
+    ) -> Result<usize, i32> {
         let submit = u32::try_from(submit).unwrap_or(u32::MAX);
+        let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
         let submitter = self.uring.0.submitter();
-        let done = if wait_seconds == 0 {
-            let flags = EnterFlags::GETEVENTS.bits();
-            // SAFETY: there is no argument. What the first `submit` entries of the submission queue
-            // point to was checked by `entry`, and stays until they complete: their slots and tags
-            // are held.
-            unsafe { submitter.enter::<libc::sigset_t>(submit, 0, flags, None) }
-        } else {
-            let flags = EnterFlags::GETEVENTS.union(EnterFlags::EXT_ARG).bits();
-            let timeout = Timespec::new().sec(wait_seconds);
+        let mut flags = EnterFlags::GETEVENTS;
+        // Without this an idle guest looks like one that waits for a disk, in `top`.
+        flags.set(EnterFlags::NO_IOWAIT, self.no_iowait);
+        let done = if let Some(timeout) = timeout {
+            let timeout = Timespec::from(timeout);
             let args = SubmitArgs::new().timespec(&timeout);
+            let flags = flags.union(EnterFlags::EXT_ARG).bits();
             // SAFETY: `args` is what EXT_ARG says it is and lives, like `timeout`, until the call
-            // returns. The entries are as above.
-            unsafe { submitter.enter(submit, 1, flags, Some(&args)) }
+            // returns. What the first `submit` entries of the submission queue point to was checked
+            // by `entry`, and stays until they complete: their slots and tags are held.
+            unsafe { submitter.enter(submit, wanted, flags, Some(&args)) }
+        } else {
+            // SAFETY: there is no argument. The entries are as above.
+            unsafe { submitter.enter::<libc::sigset_t>(submit, wanted, flags.bits(), None) }
         };
         done.map_err(|error| error.raw_os_error().unwrap_or(libc::EIO))
     }
 
-    /// The kernel took the `count` oldest queued operations.
+    /// The kernel took the `count` oldest queued entries.
     fn took(&mut self, count: usize) {
         let count = count.min(self.queued.len());
-        self.queued.drain(..count);
-        self.submitted = self.submitted.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
+        for entry in self.queued.drain(..count) {
+            match entry {
+                Some(_) => self.submitted += 1,
+                None => self.polls += 1,
+            }
+        }
     }
 
     /// The kernel will take nothing from this ring any more. The entries in the submission queue
@@ -133,17 +133,12 @@ impl Ring {
     fn give_up(&mut self, error: i32) {
         self.broken = Some(error);
         self.untold = Some(error);
-        self.failed.extend(self.queued.drain(..).map(|id| Completion { id, result: -error }));
-        self.signal_self();
-    }
-
-    pub(super) fn signal_self(&self) {
-        // It can only fail because the counter is at its maximum, and then it is readable.
-        let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+        let queued = self.queued.drain(..).flatten();
+        self.failed.extend(queued.map(|id| Completion { id, result: -error }));
     }
 
     /// Whether an enter would bring completions that the kernel holds back: with DEFER_TASKRUN an
-    /// enter handles only some 20 of them, and no signal tells of the rest.
+    /// enter handles only some 20 of them.
     pub(super) fn has_task_work(&mut self) -> bool {
         let queue = self.uring.0.submission();
         queue.taskrun() || queue.cq_overflow()
@@ -153,7 +148,7 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         while self.submitted > 0 {
-            match self.call(0, PATIENCE_SECONDS) {
+            match self.call(0, 1, Some(PATIENCE)) {
                 Ok(_) | Err(libc::EINTR | libc::EAGAIN | libc::EBUSY) => {}
                 Err(libc::ETIME) => {
                     tracing::warn!(operations = self.submitted, "waiting for the disk to answer");
@@ -176,7 +171,10 @@ impl Drop for Ring {
             }
         }
         // Closing the ring lets go of the files some time later; a session that ends, or an image
-        // that is switched, should have its lease and lock free by the time this returns.
-        let _ = self.uring.0.submitter().unregister_files();
+        // that is switched, should have its lease and lock free by the time this returns. Older kernels
+        // do not return before the last poll of a file has ended.
+        if self.disarm_all() {
+            let _ = self.uring.0.submitter().unregister_files();
+        }
     }
 }

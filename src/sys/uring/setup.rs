@@ -2,7 +2,7 @@
 //! Making a ring: the best flags this kernel knows, and the fence against misuse of it.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::register::Restriction;
 use io_uring::{Builder, IoUring, opcode, squeue};
@@ -14,8 +14,24 @@ const MAX_OPS: u32 = 32768;
 /// The most entries of the submission queue. A batch beyond it costs a second system call.
 const MAX_SQ: u32 = 4096;
 
-/// The kernel's IORING_UNREGISTER_FILES, which the crate keeps to itself.
+/// The kernel's names of what a ring may still register, which the crate keeps to itself:
+/// IORING_UNREGISTER_FILES, IORING_REGISTER_FILES_UPDATE, IORING_REGISTER_SYNC_CANCEL.
 const UNREGISTER_FILES: u8 = 3;
+const FILES_UPDATE: u8 = 6;
+const SYNC_CANCEL: u8 = 24;
+
+/// A place among the fixed files that nothing is in.
+pub(super) const NO_FILE: RawFd = -1;
+
+/// The fixed files: the image's place is 0, the device's 1, those of the watches follow.
+pub(super) struct Files<'a> {
+    pub(super) image: BorrowedFd<'a>,
+    pub(super) device: Option<BorrowedFd<'a>>,
+    pub(super) watches: usize,
+}
+
+/// The place of the first watched file.
+pub(super) const FIRST_WATCHED: usize = 2;
 
 /// How completions come back to the thread.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,10 +62,10 @@ impl TaskRun {
     }
 }
 
-/// A ring for at most `ops` operations in flight with `files` as its fixed files, which signals
-/// `event` when completions are there; its completions come back by the first of `ways` that works.
+/// A ring for at most `ops` operations in flight with `files` as its fixed files; its completions come back
+/// in one of these `ways`.
 ///
-/// It is restricted to reads, writes, fsyncs and fallocates of its fixed files: a bug in here cannot make the
+/// It is restricted to reads, writes, fsyncs, fallocates and polls of its fixed files: a bug in here cannot make the
 /// kernel touch another file of this process. Restrictions work together with all the flags used,
 /// as the ring is made disabled and enabled last; by then this thread is its single issuer.
 ///
@@ -57,12 +73,7 @@ impl TaskRun {
 ///
 /// `EINVAL` if `ops` is 0 or beyond what a ring can hold; `EOPNOTSUPP` if the kernel is older than
 /// 5.11; else what the kernel said.
-pub(super) fn ring(
-    ops: u32,
-    files: &[BorrowedFd<'_>],
-    event: BorrowedFd<'_>,
-    ways: &[TaskRun],
-) -> io::Result<(IoUring, TaskRun)> {
+pub(super) fn ring(ops: u32, files: Files<'_>, ways: &[TaskRun]) -> io::Result<(IoUring, TaskRun)> {
     if ops == 0 || ops > MAX_OPS {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
@@ -70,10 +81,11 @@ pub(super) fn ring(
     if !uring.params().is_feature_ext_arg() {
         return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
     }
-    let files: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
+    let device = files.device.map_or(NO_FILE, |device| device.as_raw_fd());
+    let watched = std::iter::repeat_n(NO_FILE, files.watches);
+    let table: Vec<_> = [files.image.as_raw_fd(), device].into_iter().chain(watched).collect();
     let submitter = uring.submitter();
-    submitter.register_files(&files)?;
-    submitter.register_eventfd(event.as_raw_fd())?;
+    submitter.register_files(&table)?;
     // What would block goes to threads of the kernel's, by default four for each CPU. In a frozen
     // filesystem file writes would keep all of them, and raw I/O that needs one too would never end:
     // nor would a lease break, which waits for it (R2). A kernel before 5.15 cannot be told.
@@ -100,7 +112,7 @@ fn best(ops: u32, ways: &[TaskRun]) -> io::Result<(IoUring, TaskRun)> {
     result
 }
 
-fn restrictions() -> [Restriction; 9] {
+fn restrictions() -> [Restriction; 12] {
     let fixed = squeue::Flags::FIXED_FILE.bits();
     [
         Restriction::sqe_op(opcode::Read::CODE),
@@ -109,7 +121,10 @@ fn restrictions() -> [Restriction; 9] {
         Restriction::sqe_op(opcode::Writev::CODE),
         Restriction::sqe_op(opcode::Fsync::CODE),
         Restriction::sqe_op(opcode::Fallocate::CODE),
+        Restriction::sqe_op(opcode::PollAdd::CODE),
         Restriction::register_op(UNREGISTER_FILES),
+        Restriction::register_op(FILES_UPDATE),
+        Restriction::register_op(SYNC_CANCEL),
         Restriction::sqe_flags_allowed(fixed),
         Restriction::sqe_flags_required(fixed),
     ]
