@@ -15,6 +15,8 @@ use rustix::fs::{Gid, Uid};
 pub use options::{Barrier, Cache, Discard, Format, LogFormat, LogLevel, Mode, Options};
 use size::{SizeError, parse_size};
 
+use crate::virtio::spin::Polling;
+
 /// What `--print-capabilities` prints (the vhost-user backend program conventions).
 pub const CAPABILITIES: &str = r#"{"type":"block","features":["blk-file","read-only"]}"#;
 
@@ -104,6 +106,8 @@ pub struct Config {
     pub queue_size: u16,
     /// Worker threads, 1..=`num_queues`.
     pub threads: u16,
+    /// How long workers look before they sleep.
+    pub polling: Polling,
     /// First byte of the image the guest sees.
     pub offset: u64,
     /// Most bytes the guest sees.
@@ -211,6 +215,7 @@ impl Options {
             mode: self.mode,
             write_back: self.cache == Cache::Writeback,
             block_size: self.block_size,
+            polling: self.poll_us,
             unmap: self.discard == Discard::Unmap,
             strict: self.barrier == Barrier::Strict,
             max_extents: self.max_extents,

@@ -35,6 +35,7 @@ fn the_defaults_are_the_documented_ones() {
         num_queues: 16,
         queue_size: 1024,
         threads: 4,
+        polling: Polling::Auto,
         offset: 0,
         size_limit: None,
         block_size: 512,
@@ -67,6 +68,7 @@ fn good_values_are_taken() {
         "--offset=1MiB",
         "--size-limit=2G",
         "--block-size=4096",
+        "--poll-us=50",
         "--serial=12345678901234567890",
         "--max-extents=1",
         "--control-path=/c",
@@ -86,12 +88,14 @@ fn good_values_are_taken() {
             && config.strict
     );
     assert_eq!((config.num_queues, config.queue_size, config.threads), (64, 32768, 64));
+    assert_eq!(config.polling, Polling::Fixed(std::time::Duration::from_micros(50)));
     assert_eq!((config.offset, config.size_limit), (1 << 20, Some(2 << 30)));
     assert_eq!(config.control, Some(SocketOptions::private("/c".into())));
 }
 
 #[test]
 fn bad_values_name_the_fix() {
+    assert!(resolve(&["--poll-us=1001"]).unwrap_err().contains("auto, or 0 to 1000 microseconds"));
     for (arguments, message) in [
         (&["--num-queues=0"][..], "--num-queues 0: must be 1 to 64"),
         (&["--num-queues=65"], "--num-queues 65: must be 1 to 64"),
@@ -155,9 +159,7 @@ fn the_socket_comes_from_one_place() {
 
 #[test]
 fn options_of_later_work_are_absent() {
-    for option in
-        ["--config", "--connect", "--poll-us", "--iops", "--metrics", "--sandbox", "--populate"]
-    {
+    for option in ["--config", "--connect", "--iops", "--metrics", "--sandbox", "--populate"] {
         assert!(resolve(&[option, "x"]).unwrap_err().contains("unexpected argument"), "{option}");
     }
 }

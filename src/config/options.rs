@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
+use crate::virtio::spin::Polling;
+
 /// Serve a file-backed disk image to a guest over vhost-user, straight from the disk's sectors.
 #[derive(Debug, Parser)]
 #[command(name = "extentd", version, about, long_about = None, max_term_width = 100)]
@@ -59,6 +61,10 @@ pub struct Options {
     /// Worker threads, at most --num-queues [default: the CPUs, at most --num-queues].
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
+    /// How long a worker looks for more work before it sleeps, in microseconds, at most 1000; `auto`
+    /// tries whether it pays.
+    #[arg(long, value_name = "auto|N", default_value = "auto")]
+    pub poll_us: Polling,
     /// Where in the image the disk begins, in bytes; suffixes KiB, MiB, GiB, TiB.
     #[arg(long, value_name = "BYTES", default_value = "0")]
     pub offset: String,

@@ -51,6 +51,7 @@ pub(super) fn describe(
         threads: config.threads,
         serial: config.serial.clone().unwrap_or_else(|| image.default_serial()),
         strict: config.strict,
+        polling: config.polling,
         write_back: config.write_back,
         inbox,
     }

@@ -227,6 +227,7 @@ impl Backend {
             max_requests,
             memory: Arc::new(Memory::new()),
             disk: RingDisk::new(ring, config.geometry.mem_align),
+            polling: config.polling,
         })
     }
 

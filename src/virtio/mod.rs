@@ -21,6 +21,7 @@ mod queue;
 mod relay;
 mod requests;
 pub mod session;
+pub mod spin;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

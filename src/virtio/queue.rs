@@ -135,6 +135,19 @@ impl Queue {
         Ok(place)
     }
 
+    /// Whether a chain is waiting that may be taken.
+    pub(crate) fn has_more(&self, vring: &Vring, memory: &Memory) -> bool {
+        if !self.is_open() {
+            return false;
+        }
+        let state = vring.get_ref();
+        let queue = state.get_queue();
+        queue.ready()
+            && state.is_enabled()
+            && self.in_flight < u32::from(queue.size())
+            && queue.avail_idx(memory, Ordering::Acquire).is_ok_and(|at| at.0 != queue.next_avail())
+    }
+
     /// Asks the guest for a kick at its next chain; true if one is there already.
     pub(crate) fn arm(&mut self, vring: &Vring, memory: &Memory) -> Result<bool, Broken> {
         if self.armed {

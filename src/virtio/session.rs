@@ -29,6 +29,7 @@ use super::features::Topology;
 use super::mailbox::{Mailbox, mailbox};
 use super::queue::QueueCounters;
 use super::relay::Relay;
+use super::spin::Polling;
 use super::worker::{Mail, mailbox_token};
 use crate::engine::counters::Counters;
 use crate::engine::message::{ToWorker, WorkerId};
@@ -74,6 +75,8 @@ pub struct DeviceConfig {
     pub threads: u16,
     /// The answer to GET_ID; its first 20 bytes count.
     pub serial: String,
+    /// How long workers look before they sleep (`--poll-us`).
+    pub polling: Polling,
     /// FLUSH holds later requests back (`--barrier=strict`).
     pub strict: bool,
     /// The `writeback` field of a new device.

@@ -14,6 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::features::Topology;
 use super::session::{DeviceConfig, Files, Session};
+use super::spin::Polling;
 use super::testing_guest::PATIENCE;
 use crate::engine::keeper::{Keeper, KeeperConfig, Start};
 use crate::engine::message::{Action, JobDone, ToKeeper, WorkerId};
@@ -96,6 +97,7 @@ pub(crate) fn device(image: OwnedFd, num_queues: u16, threads: u16) -> (Arc<Devi
         threads,
         serial: "serial".to_owned(),
         strict: false,
+        polling: Polling::default(),
         write_back: true,
         inbox: poster,
     };

@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vhost_user_backend::VringEpollHandler;
 use vm_memory::{Bytes, GuestAddress};
@@ -24,6 +24,7 @@ use super::mailbox::Mailbox;
 use super::notify::Notifier;
 use super::queue::{BATCH, Broken, Queue, Quiet, Vring};
 use super::requests::Requests;
+use super::spin::{Polling, Spin};
 use crate::engine;
 use crate::engine::message::{ToWorker, WorkerId};
 use crate::engine::request::{Kind, Status};
@@ -120,6 +121,7 @@ pub(crate) struct Parts<D> {
     pub(crate) max_requests: u32,
     pub(crate) memory: Arc<Memory>,
     pub(crate) disk: D,
+    pub(crate) polling: Polling,
 }
 
 /// A worker thread's state; lives and dies on that thread.
@@ -136,6 +138,7 @@ pub(crate) struct Worker<D> {
     memory: Arc<Memory>,
     /// Gone once the worker is quiesced.
     disk: Option<D>,
+    spin: Spin,
     chain: Chain,
     heads: Vec<u16>,
     /// The ranges of the DISCARD or WRITE_ZEROES just read.
@@ -168,6 +171,7 @@ impl<D: Disk> Worker<D> {
             requests: Requests::new(parts.max_requests),
             memory: parts.memory,
             disk: Some(parts.disk),
+            spin: Spin::new(parts.polling),
             chain: Chain::default(),
             heads: Vec::new(),
             ranges: Vec::new(),
@@ -207,11 +211,32 @@ impl<D: Disk> Worker<D> {
             if disk.heard_at(CRATE) {
                 return self.enter();
             }
-            if heard || full || settled || self.arm(vrings) {
+            if heard || full || settled || self.look(vrings) || self.arm(vrings) {
                 self.enter();
             } else {
                 self.sleep();
             }
+        }
+    }
+
+    /// Looks for something to do for as long as that pays. True if there is something.
+    fn look(&mut self, vrings: &[Vring]) -> bool {
+        let time = self.spin.look();
+        if time.is_zero() || self.holds_everything() {
+            return false;
+        }
+        self.enter();
+        let begun = Instant::now();
+        loop {
+            let completed = self.disk.as_mut().is_some_and(Disk::has_completions);
+            let offered = |(queue, vring): (&Queue, &Vring)| queue.has_more(vring, &self.memory);
+            if completed || self.mailbox.rung() || self.queues.iter().zip(vrings).any(offered) {
+                return true;
+            }
+            if begun.elapsed() >= time {
+                return false;
+            }
+            std::hint::spin_loop();
         }
     }
 
@@ -238,8 +263,15 @@ impl<D: Disk> Worker<D> {
         if let Some(disk) = &mut self.disk {
             self.engine.reap(disk);
         }
+        let mut answered = 0;
         while let Some((tag, status)) = self.engine.poll_done() {
             self.answer_pending(tag, status);
+            answered += 1;
+        }
+        if answered > 0
+            && let Some(disk) = &self.disk
+        {
+            self.spin.completed(disk.now(), answered);
         }
         self.post_messages();
         for (place, vring) in vrings.iter().enumerate() {
