@@ -110,6 +110,7 @@ step "unit and device tests" run_tests
 step "documentation tests" cargo test --quiet --locked --workspace --doc
 step "simulator" simulate
 step "every interleaving of small scripts" exhaust
+step "coverage of the core" integration/coverage.sh
 step "power cuts and kills" crash_hosts
 step "power cuts notice a missing fdatasync" crash_mutant
 step "guest" integration/boot.sh
