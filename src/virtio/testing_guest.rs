@@ -19,7 +19,7 @@ use super::Memory;
 /// Descriptors of each ring.
 pub(crate) const QUEUE_SIZE: u16 = 64;
 /// How long anything may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Where things are in guest memory.
 const MEMORY: u64 = 4 << 20;

@@ -19,11 +19,9 @@ use crate::rig::image::Layout;
 use crate::rig::outside::{allocated, settle};
 use crate::rig::queue::{Request, Shape};
 use crate::rig::scope::Rig;
-use crate::rig::wait::until;
+use crate::rig::wait::{PATIENCE, until};
 
 const MIB: u64 = 1 << 20;
-/// Nothing takes longer.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// How long the discard is given for what it must not do. Too short a time for a mutant is a mutant that is not caught.
 const TEMPTATION: Duration = Duration::from_millis(500);
 /// What the disk holds on to.

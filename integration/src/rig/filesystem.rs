@@ -4,11 +4,10 @@
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use super::command::run;
 use super::disk::{Backing, LoopDisk};
-use super::wait;
+use super::wait::{self, PATIENCE};
 
 /// A filesystem type with the options a test is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,13 +131,11 @@ impl Mount {
     pub fn unmount(&mut self) -> io::Result<()> {
         // A process that has just been killed may need a moment to let go of its files.
         let mut last = None;
-        let done = wait::until("umount", Duration::from_secs(5), || {
-            match run("umount", &[&self.target]) {
-                Ok(_) => Some(()),
-                Err(error) => {
-                    last = Some(error);
-                    None
-                }
+        let done = wait::until("umount", PATIENCE, || match run("umount", &[&self.target]) {
+            Ok(_) => Some(()),
+            Err(error) => {
+                last = Some(error);
+                None
             }
         });
         done.map_err(|_| last.unwrap_or_else(|| io::ErrorKind::TimedOut.into()))?;
