@@ -239,6 +239,18 @@ fn on_tmpfs() {
     }
 }
 
+/// Zeros are written and discards ignored, and the guest hears of no error.
+#[test]
+fn on_ramfs_which_cannot_punch() {
+    let Some(rig) = Rig::enter() else { return };
+    let run = rig.dir("run").unwrap();
+    let mount = Mount::ramfs(&rig.dir("fs").unwrap()).unwrap();
+    let image = mount.path().join("image");
+    // No discard holds a block of such a size.
+    let status = contents(&run, &image, Layout::Written, 1 << 40, false);
+    assert!(!status.direct(), "{status:?}");
+}
+
 #[test]
 fn ignored_discards_are_not_offered_and_zeros_keep_their_blocks() {
     let Some(rig) = Rig::enter() else { return };

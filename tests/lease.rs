@@ -162,7 +162,7 @@ fn a_reflink_while_served_leaves_the_copy_alone() {
 #[test]
 fn an_unlinked_image_is_served_on() {
     let Some(rig) = Rig::enter() else { return };
-    let bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
+    let mut bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
     bed.await_direct(PATIENCE).unwrap();
     let mut client = bed.connect(1).unwrap();
     std::fs::remove_file(&bed.image).unwrap();
@@ -174,7 +174,13 @@ fn an_unlinked_image_is_served_on() {
             && !status.0.to_string().contains("\"unlinked\":false")
     };
     bed.daemon.await_status("the unlinked image in the state", PATIENCE, unlinked).unwrap();
-    bed.model.check(0, &client.read_at(0, 4096).unwrap()).unwrap();
+    bed.model.write(4096, &[5; 8192]).unwrap();
+    bed.check_guest(&mut client).unwrap();
+    drop(client);
+    assert!(bed.daemon.sigterm().unwrap().success(), "{}", bed.daemon.log());
+    let Bed { daemon, fs, .. } = bed;
+    drop(daemon);
+    fs.check().unwrap();
 }
 
 #[test]

@@ -10,7 +10,8 @@ use integration::rig::model::Model;
 use integration::rig::wait::PATIENCE;
 use integration::rig::workload::{Tally, Workload};
 use integration::rig::{
-    Backing, Client, ClientOptions, Daemon, Filesystem, Kind, Layout, LoopDisk, Mount, Rig, Status,
+    Backing, Client, ClientOptions, Daemon, FaultDisk, Filesystem, Kind, Layout, LoopDisk, Mount,
+    Rig, Status,
 };
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
@@ -202,6 +203,44 @@ fn overlayfs_is_served_through_the_filesystem() {
     let below = upper.join("below");
     filesystem_mode(&run, &below, Layout::Written);
     drop(overlay);
+    fs.check().unwrap();
+}
+
+/// The file of a FUSE filesystem, which says nothing of blocks and punches no holes.
+#[test]
+fn fuse_is_served_through_the_filesystem() {
+    let Some(rig) = Rig::enter() else { return };
+    let run = rig.dir("run").unwrap();
+    let fuse = FaultDisk::mount(8 * MIB, &rig.dir("fuse").unwrap()).unwrap();
+    let mut model = Model::new(vec![0; 8 << 20]);
+    let refused = Daemon::start(Path::new(PROGRAM), &run, &fuse.path(), &["--mode", "direct"]);
+    assert!(refused.unwrap_err().to_string().contains("put the image on ext4 or XFS"));
+    let (_, status) = exercise(&run, &fuse.path(), &mut model, "refused");
+    assert_eq!(status.text("mode"), "filesystem", "{status:?}");
+    assert_eq!(status.number("segments/direct"), 0, "{status:?}");
+}
+
+/// The node of the filesystem's device is another one's: whatever it is, nothing is read or written there.
+#[test]
+fn a_device_node_that_is_not_the_filesystems_is_not_used() {
+    let Some(rig) = Rig::enter() else { return };
+    let (mount, run) = (rig.dir("fs").unwrap(), rig.dir("run").unwrap());
+    let fs = Filesystem::make(Kind::Ext4, 100 * MIB, 512, &Backing::Memory, &mount).unwrap();
+    let other = LoopDisk::attach(100 * MIB, 512, &Backing::Memory).unwrap();
+    for wrong in [other.path(), Path::new("/dev/null")] {
+        let node = Mount::bind(wrong, fs.disk().path()).unwrap();
+        let image = fs.path().join("image");
+        let mut model = Model::new(Layout::Mixed.make(&image, 8 * MIB, 5).unwrap());
+        let refused = Daemon::start(Path::new(PROGRAM), &run, &image, &["--mode", "direct"]);
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("below the filesystem cannot be used"), "{refused}");
+        let before = other.sectors_moved().unwrap();
+        let (_, status) = exercise(&run, &image, &mut model, "refused");
+        assert_eq!(status.text("mode"), "filesystem", "{status:?}");
+        assert_eq!(other.sectors_moved().unwrap(), before, "another disk was used");
+        std::fs::remove_file(&image).unwrap();
+        drop(node);
+    }
     fs.check().unwrap();
 }
 

@@ -281,7 +281,7 @@ fn a_lease_break_waits_for_the_write_in_flight() {
 fn a_failed_request_fails_alone() {
     let Some(rig) = Rig::enter() else { return };
     let (slow, setup) = slow_disk(&rig);
-    let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
     let mut client = bed.connect(1).unwrap();
     slow.add(Rule::fail(Operation::Write).starting(&GHOST));
     let queue = client.queue(0).unwrap();
@@ -295,17 +295,22 @@ fn a_failed_request_fails_alone() {
     for done in queue.drain().unwrap() {
         assert_eq!(done.result.is_err(), done.token == 3, "{done:?}");
     }
+    for block in 0..8 {
+        bed.model.write(block * 8192, if block == 3 { &GHOST } else { &NEWER }).unwrap();
+    }
     slow.heal();
     client.write_at(3 * 8192, &GHOST).unwrap();
     assert!(client.read_at(3 * 8192, 4096).unwrap() == GHOST);
     assert_eq!(bed.daemon.status().unwrap().number("requests/errors"), 1);
+    drop(client);
+    bed.finish().unwrap();
 }
 
 #[test]
 fn a_failed_flush_is_not_forgotten_until_the_session_ends() {
     let Some(rig) = Rig::enter() else { return };
     let (slow, setup) = slow_disk(&rig);
-    let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
     let mut client = bed.connect(2).unwrap();
     client.write_at(0, &NEWER).unwrap();
     client.flush().unwrap();
@@ -322,6 +327,10 @@ fn a_failed_flush_is_not_forgotten_until_the_session_ends() {
     let mut next = bed.connect(1).unwrap();
     next.write_at(0, &NEWER).unwrap();
     next.flush().unwrap();
+    bed.model.write(0, &NEWER).unwrap();
+    bed.model.write(4096, &NEWER).unwrap();
+    drop(next);
+    bed.finish().unwrap();
 }
 
 /// A flush waits for the writes accepted before it on every queue.

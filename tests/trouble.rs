@@ -142,7 +142,7 @@ fn a_disk_error_is_one_requests_error() {
 fn a_failed_flush_is_in_the_state_until_the_session_ends() {
     let Some(rig) = Rig::enter() else { return };
     let (disk, setup) = fault_disk(&rig, Layout::Written);
-    let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
     bed.await_direct(PATIENCE).unwrap();
     let error = || bed.daemon.status().unwrap().0.pointer("/flush/error").cloned();
     let mut client = bed.connect(1).unwrap();
@@ -162,6 +162,10 @@ fn a_failed_flush_is_in_the_state_until_the_session_ends() {
     let mut next = bed.connect(1).unwrap();
     next.flush().unwrap();
     assert_eq!(error(), Some(Value::Null));
+    bed.model.write(0, &MARK).unwrap();
+    bed.model.write(8192, &[1; 4096]).unwrap();
+    drop(next);
+    bed.finish().unwrap();
 }
 
 /// A request that takes 10 s holds up nothing but the flush that must wait for it.

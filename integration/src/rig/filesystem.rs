@@ -94,8 +94,23 @@ impl Mount {
 
     /// A tmpfs.
     pub fn tmpfs(target: &Path) -> io::Result<Mount> {
+        Mount::memory("tmpfs", target)
+    }
+
+    /// A ramfs: it has neither direct I/O nor `fallocate`.
+    pub fn ramfs(target: &Path) -> io::Result<Mount> {
+        Mount::memory("ramfs", target)
+    }
+
+    fn memory(kind: &str, target: &Path) -> io::Result<Mount> {
         let none = Path::new("none");
-        run("mount", &[Path::new("-t"), Path::new("tmpfs"), none, target])?;
+        run("mount", &[Path::new("-t"), Path::new(kind), none, target])?;
+        Ok(Mount { target: target.into(), mounted: true })
+    }
+
+    /// Another name for what is at `source`, a file or a directory.
+    pub fn bind(source: &Path, target: &Path) -> io::Result<Mount> {
+        run("mount", &[Path::new("--bind"), source, target])?;
         Ok(Mount { target: target.into(), mounted: true })
     }
 
