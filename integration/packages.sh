@@ -8,7 +8,7 @@
 PACKAGES_BOOT=(gcc libc6-dev pkg-config e2fsprogs busybox-static cpio kmod util-linux mount xz-utils zstd)
 # What the tests make their images and disks with, and what checks these scripts.
 # shellcheck disable=SC2034
-PACKAGES_TEST=("${PACKAGES_BOOT[@]}" xfsprogs btrfs-progs shellcheck)
+PACKAGES_TEST=("${PACKAGES_BOOT[@]}" xfsprogs btrfs-progs shellcheck kcov)
 # The oldest QEMU that is compared with.
 QEMU_MAJOR=10
 
@@ -52,13 +52,13 @@ mirror_of() {
         awk -v suite="$1" '$1 == suite && !found { print $2; found = 1 }'
 }
 
-# Adds the release's backports from the mirror the release itself comes from.
+# add_backports FOR: adds the release's backports from the mirror the release itself comes from.
 add_backports() {
     local suite mirror keyring=/usr/share/keyrings/debian-archive-keyring.gpg options=""
     suite=$(codename)-backports
     [ -z "$(mirror_of "$suite")" ] || return 0
     mirror=$(mirror_of "$(codename)")
-    [ -n "$mirror" ] || fail "apt's sources name no mirror for $(codename): add one, or install QEMU $QEMU_MAJOR or newer by hand"
+    [ -n "$mirror" ] || fail "apt's sources name no mirror for $(codename): add one, or install $1 by hand"
     if [ -e "$keyring" ]; then options="[signed-by=$keyring] "; fi
     echo "deb $options$mirror $suite main" | as_root tee "/etc/apt/sources.list.d/$suite.list" >/dev/null
     APT_UPDATED=
@@ -70,7 +70,7 @@ install_qemu() {
     if qemu_is_new; then return; fi
     apt_update
     if ! qemu_candidate_is_new; then
-        add_backports
+        add_backports "QEMU $QEMU_MAJOR or newer"
         from=(-t "$(codename)-backports")
     fi
     say "installing QEMU"
@@ -79,9 +79,12 @@ install_qemu() {
     qemu_is_new || fail "QEMU $QEMU_MAJOR or newer is needed, and this Debian has none to offer"
 }
 
+# Whether this release, or what was added to it, has the package at all.
+is_known() { apt-cache policy "$1" | grep -q '^ *Candidate: [^(]'; }
+
 # install_packages PACKAGE...: what is missing of these, and QEMU.
 install_packages() {
-    local missing
+    local missing package
     mapfile -t missing < <(missing_packages "$@")
     command -v apt-get >/dev/null || fail "this is not a Debian machine: there is no apt-get"
     # Administration tools are not on everybody's PATH.
@@ -89,6 +92,9 @@ install_packages() {
     if [ "${#missing[@]}" -gt 0 ]; then
         say "installing ${missing[*]}"
         apt_update
+        for package in "${missing[@]}"; do
+            is_known "$package" || add_backports "$package"
+        done
         apt_get install -y --no-install-recommends "${missing[@]}" || fail "packages could not be installed: see the lines above"
     fi
     install_qemu

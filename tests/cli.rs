@@ -13,9 +13,9 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use daemon::{Daemon, EXTENTCTL, EXTENTD, Scratch, wait_for};
+use daemon::{Daemon, EXTENTCTL, EXTENTD, PATIENCE, Scratch, wait_for};
 use serde_json::Value;
 
 fn run(program: &str, arguments: &[&str]) -> Output {
@@ -52,7 +52,7 @@ const STATUS: &str = r#"{"v":1,"cmd":"status"}"#;
 /// VHOST_USER_GET_FEATURES and its answer: whether somebody serves this connection.
 fn is_served(stream: &mut UnixStream) -> bool {
     let header: Vec<u8> = [1_u32, 1, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
-    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
     // A connection that was closed at once may fail either way.
     stream.write_all(&header).is_ok() && stream.read_exact(&mut [0; 20]).is_ok()
 }
@@ -148,9 +148,7 @@ fn sigterm_ends_it_and_takes_the_sockets_along() {
     for path in [daemon.socket(), daemon.control()] {
         assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
     }
-    let start = Instant::now();
     assert_eq!(daemon.terminate(), Some(0), "{}", daemon.log());
-    assert!(start.elapsed() < Duration::from_secs(5));
     assert!(!daemon.socket().exists() && !daemon.control().exists());
     let log = daemon.log();
     assert_eq!(log.lines().filter(|line| line.contains("mode=")).count(), 1, "{log}");
@@ -161,10 +159,9 @@ fn sigterm_ends_a_start_that_waits_for_a_lock() {
     let first = Daemon::start(&[]);
     let socket = first.scratch().path("other");
     let mut second = Daemon::spawn(first.image(), &socket, &["--log-level=debug"]);
-    std::thread::sleep(Duration::from_millis(500));
-    let start = Instant::now();
+    wait_for("the wait for the lock", || second.log().contains("locked by another process"));
+    // Well before the minute is over that it would wait.
     assert_eq!(second.terminate(), Some(0), "{}", second.log());
-    assert!(start.elapsed() < Duration::from_secs(5));
     assert!(!socket.exists());
 }
 
@@ -267,8 +264,9 @@ fn sessions_leave_nothing_behind() {
     for _ in 0..20 {
         session();
     }
-    wait_for("the same number of descriptors and threads", || {
-        (count("fd"), count("task")) == before
+    wait_for("no more descriptors and threads than before", || {
+        let now = (count("fd"), count("task"));
+        now.0 <= before.0 && now.1 <= before.1
     });
     assert_eq!(ask(daemon.control(), STATUS)["sessions"], 21);
 }

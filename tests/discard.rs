@@ -13,7 +13,7 @@ use std::time::Duration;
 use integration::rig::fault_disk::{Operation, Rule};
 use integration::rig::model::Model;
 use integration::rig::outside::{allocated, get_in, settle, states};
-use integration::rig::wait::until;
+use integration::rig::wait::{PATIENCE, until};
 use integration::rig::workload::Workload;
 use integration::rig::{
     Backing, Bed, Client, ClientOptions, Daemon, FaultDisk, Filesystem, Kind, Layout, Mount,
@@ -23,8 +23,6 @@ use integration::rig::{
 const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
 const EXTENTCTL: &str = env!("CARGO_BIN_EXE_extentctl");
 const MIB: u64 = 1 << 20;
-const SOON: Duration = Duration::from_secs(2);
-const LATER: Duration = Duration::from_secs(20);
 const DISCARD: u64 = 1 << 13;
 
 /// First sector and sectors of what is discarded and zeroed, from a 64 KiB boundary.
@@ -102,7 +100,7 @@ fn contents(run: &Path, image: &Path, layout: Layout, block: u64, direct: bool) 
     check_guest(&mut client, &model);
     model.check(0, &std::fs::read(image).unwrap()).unwrap();
     if direct {
-        daemon.await_status("the return to direct mode", LATER, Status::direct).unwrap();
+        daemon.await_status("the return to direct mode", PATIENCE, Status::direct).unwrap();
     }
     let load = Workload { requests: 300, discard: Some(block), ..Workload::default() };
     let tally = load
@@ -122,7 +120,7 @@ fn contents(run: &Path, image: &Path, layout: Layout, block: u64, direct: bool) 
 fn space(run: &Path, image: &Path, block: u64) {
     Layout::Written.make(image, 8 * MIB, 3).unwrap();
     let daemon = Daemon::start(Path::new(PROGRAM), run, image, &[]).unwrap();
-    daemon.await_status("direct mode", SOON, Status::direct).unwrap();
+    daemon.await_status("direct mode", PATIENCE, Status::direct).unwrap();
     let mut client = Client::connect(daemon.socket(), &ClientOptions::default()).unwrap();
     let segments = |name: &str| daemon.status().unwrap().number(&format!("segments/{name}"));
     let whole = allocated(image).unwrap();
@@ -241,11 +239,23 @@ fn on_tmpfs() {
     }
 }
 
+/// Zeros are written and discards ignored, and the guest hears of no error.
+#[test]
+fn on_ramfs_which_cannot_punch() {
+    let Some(rig) = Rig::enter() else { return };
+    let run = rig.dir("run").unwrap();
+    let mount = Mount::ramfs(&rig.dir("fs").unwrap()).unwrap();
+    let image = mount.path().join("image");
+    // No discard holds a block of such a size.
+    let status = contents(&run, &image, Layout::Written, 1 << 40, false);
+    assert!(!status.direct(), "{status:?}");
+}
+
 #[test]
 fn ignored_discards_are_not_offered_and_zeros_keep_their_blocks() {
     let Some(rig) = Rig::enter() else { return };
     let mut bed = Bed::make(&rig, PROGRAM, &Setup::default(), &["--discard", "ignore"]).unwrap();
-    bed.await_direct(SOON).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     let mut client = bed.connect(1).unwrap();
     assert_eq!(client.features() & DISCARD, 0);
     let before = allocated(&bed.image).unwrap();
@@ -273,17 +283,17 @@ fn requests_on_a_range_that_changes_wait_and_go_on() {
         let image = fs.path().join("image");
         let mut model = Model::new(Layout::Written.make(&image, 8 * MIB, 3).unwrap());
         let daemon = Daemon::start(Path::new(PROGRAM), &run, &image, &[]).unwrap();
-        daemon.await_status("direct mode", SOON, Status::direct).unwrap();
+        daemon.await_status("direct mode", PATIENCE, Status::direct).unwrap();
         let mut client = Client::connect(daemon.socket(), &ClientOptions::queues(2)).unwrap();
         slow.add(Rule::hold(Operation::Write).starting(&[0x67; 4096]).times(1));
         let queue = client.queue(0).unwrap();
         let shape = Shape::whole();
         queue.submit(Request::Write { offset: MIB, data: &[0x67; 4096] }, &shape, 0).unwrap();
         queue.kick().unwrap();
-        until("the slow write", SOON, || (slow.counts().hit > 0).then_some(())).unwrap();
+        until("the slow write", PATIENCE, || (slow.counts().hit > 0).then_some(())).unwrap();
         queue.submit(what.request(MIB - 512, 8192), &shape, 1).unwrap();
         queue.kick().unwrap();
-        until("the change", SOON, || {
+        until("the change", PATIENCE, || {
             let status = daemon.status().unwrap();
             (status.number("requests/discard") + status.number("requests/write_zeroes") > 0)
                 .then_some(())
@@ -335,7 +345,7 @@ fn a_reader_gets_in_while_1_gib_is_zeroed() {
     let whole = allocated(&image).unwrap();
     let run = rig.dir("run").unwrap();
     let mut daemon = Daemon::start(Path::new(PROGRAM), &run, &image, &[]).unwrap();
-    daemon.await_status("direct mode", SOON, Status::direct).unwrap();
+    daemon.await_status("direct mode", PATIENCE, Status::direct).unwrap();
     let mut client = Client::connect(daemon.socket(), &ClientOptions::default()).unwrap();
     let queue = client.queue(0).unwrap();
     let zero = Request::WriteZeroes { offset: 0, len: size, unmap: false };
@@ -344,7 +354,7 @@ fn a_reader_gets_in_while_1_gib_is_zeroed() {
     // A moment after it has begun; when the disk was quicker than that, little has been tested.
     thread::sleep(Duration::from_millis(5));
     println!("it goes on when the reader comes: {}", queue.collect().unwrap().is_empty());
-    println!("the reader got in after {:?}", get_in(&image, SOON).unwrap());
+    println!("the reader got in after {:?}", get_in(&image, PATIENCE).unwrap());
     for done in queue.drain().unwrap() {
         done.result.unwrap();
     }

@@ -10,12 +10,12 @@ use std::time::Duration;
 use integration::rig::command::close;
 use integration::rig::frontend::{self, Frontend, kind};
 use integration::rig::ring::{Descriptor, INDIRECT, NEXT, Ring, WRITE};
+use integration::rig::wait::PATIENCE;
 use integration::rig::{Bed, Rig, Setup};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
-const SOON: Duration = Duration::from_secs(5);
 const FEATURES: u64 = frontend::VERSION_1 | frontend::FLUSH | frontend::INDIRECT_DESC;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -50,7 +50,7 @@ fn send(front: &mut Frontend, answered: bool) -> Option<u8> {
     let ring = front.ring_mut(0).unwrap();
     ring.publish(0).unwrap();
     ring.kick().unwrap();
-    match ring.wait_used(if answered { SOON } else { Duration::from_millis(300) }) {
+    match ring.wait_used(if answered { PATIENCE } else { Duration::from_millis(300) }) {
         Ok(used) => {
             assert_eq!(used.id, 0);
             Some(ring.status(0).unwrap())

@@ -4,13 +4,14 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::path::Path;
-use std::time::Duration;
 
 use integration::rig::command::run as run_tool;
 use integration::rig::model::Model;
+use integration::rig::wait::PATIENCE;
 use integration::rig::workload::{Tally, Workload};
 use integration::rig::{
-    Backing, Client, ClientOptions, Daemon, Filesystem, Kind, Layout, LoopDisk, Mount, Rig, Status,
+    Backing, Client, ClientOptions, Daemon, FaultDisk, Filesystem, Kind, Layout, LoopDisk, Mount,
+    Rig, Status,
 };
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
@@ -19,8 +20,12 @@ const MIB: u64 = 1 << 20;
 const FRAGMENTED: u64 = 52 * MIB;
 
 /// Serves `image`, lets four queues at it, returns what was done and the state at the end.
-fn exercise(dir: &Path, image: &Path, model: &mut Model, options: &[&str]) -> (Tally, Status) {
+fn exercise(dir: &Path, image: &Path, model: &mut Model, mode: &str) -> (Tally, Status) {
+    let options: &[&str] = if mode == "forbidden" { &["--mode", "filesystem"] } else { &[] };
     let mut daemon = Daemon::start(Path::new(PROGRAM), dir, image, options).unwrap();
+    if mode == "direct" {
+        daemon.await_status("direct mode", PATIENCE, Status::direct).unwrap();
+    }
     let mut client = Client::connect(daemon.socket(), &ClientOptions::queues(4)).unwrap();
     assert_eq!(client.capacity(), model.size());
     let load = Workload { requests: 500, ..Workload::default() };
@@ -58,7 +63,7 @@ fn matrix(kind: Kind, sector: u32) {
         let image = fs.path().join(format!("{layout:?}"));
         let size = if layout == Layout::Fragmented { FRAGMENTED } else { 8 * MIB };
         let mut model = Model::new(layout.make(&image, size, 5).unwrap());
-        let (tally, status) = exercise(&run, &image, &mut model, &[]);
+        let (tally, status) = exercise(&run, &image, &mut model, "direct");
         assert!(tally.reads > 500 && tally.writes > 500 && tally.flushes > 0, "{what}: {tally:?}");
         assert!(status.direct(), "{what}: {status:?}");
         let (direct, file, zero) = (
@@ -144,7 +149,7 @@ fn a_reflinked_image_leaves_its_copy_alone() {
     let bytes = Layout::Written.make(&image, 8 * MIB, 5).unwrap();
     run_tool("cp", &["--reflink=always".as_ref(), image.as_os_str(), copy.as_os_str()]).unwrap();
     let mut model = Model::new(bytes.clone());
-    let (_, status) = exercise(&run, &image, &mut model, &[]);
+    let (_, status) = exercise(&run, &image, &mut model, "direct");
     assert!(status.direct() && status.number("segments/file") > 0, "{status:?}");
     assert!(std::fs::read(&copy).unwrap() == bytes, "the copy has changed");
     fs.check().unwrap();
@@ -154,7 +159,7 @@ fn filesystem_mode(dir: &Path, image: &Path, layout: Layout) {
     let mut model = Model::new(layout.make(image, 8 * MIB, 5).unwrap());
     let refused = Daemon::start(Path::new(PROGRAM), dir, image, &["--mode", "direct"]);
     assert!(refused.is_err(), "--mode direct was accepted for {}", image.display());
-    let (_, status) = exercise(dir, image, &mut model, &[]);
+    let (_, status) = exercise(dir, image, &mut model, "refused");
     assert_eq!(status.text("mode"), "filesystem", "{status:?}");
     assert!(!status.reason().is_empty(), "{status:?}");
     assert_eq!(status.number("segments/direct"), 0, "{status:?}");
@@ -201,6 +206,44 @@ fn overlayfs_is_served_through_the_filesystem() {
     fs.check().unwrap();
 }
 
+/// The file of a FUSE filesystem, which says nothing of blocks and punches no holes.
+#[test]
+fn fuse_is_served_through_the_filesystem() {
+    let Some(rig) = Rig::enter() else { return };
+    let run = rig.dir("run").unwrap();
+    let fuse = FaultDisk::mount(8 * MIB, &rig.dir("fuse").unwrap()).unwrap();
+    let mut model = Model::new(vec![0; 8 << 20]);
+    let refused = Daemon::start(Path::new(PROGRAM), &run, &fuse.path(), &["--mode", "direct"]);
+    assert!(refused.unwrap_err().to_string().contains("put the image on ext4 or XFS"));
+    let (_, status) = exercise(&run, &fuse.path(), &mut model, "refused");
+    assert_eq!(status.text("mode"), "filesystem", "{status:?}");
+    assert_eq!(status.number("segments/direct"), 0, "{status:?}");
+}
+
+/// The node of the filesystem's device is another one's: whatever it is, nothing is read or written there.
+#[test]
+fn a_device_node_that_is_not_the_filesystems_is_not_used() {
+    let Some(rig) = Rig::enter() else { return };
+    let (mount, run) = (rig.dir("fs").unwrap(), rig.dir("run").unwrap());
+    let fs = Filesystem::make(Kind::Ext4, 100 * MIB, 512, &Backing::Memory, &mount).unwrap();
+    let other = LoopDisk::attach(100 * MIB, 512, &Backing::Memory).unwrap();
+    for wrong in [other.path(), Path::new("/dev/null")] {
+        let node = Mount::bind(wrong, fs.disk().path()).unwrap();
+        let image = fs.path().join("image");
+        let mut model = Model::new(Layout::Mixed.make(&image, 8 * MIB, 5).unwrap());
+        let refused = Daemon::start(Path::new(PROGRAM), &run, &image, &["--mode", "direct"]);
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("below the filesystem cannot be used"), "{refused}");
+        let before = other.sectors_moved().unwrap();
+        let (_, status) = exercise(&run, &image, &mut model, "refused");
+        assert_eq!(status.text("mode"), "filesystem", "{status:?}");
+        assert_eq!(other.sectors_moved().unwrap(), before, "another disk was used");
+        std::fs::remove_file(&image).unwrap();
+        drop(node);
+    }
+    fs.check().unwrap();
+}
+
 #[test]
 fn filesystem_mode_can_be_asked_for() {
     let Some(rig) = Rig::enter() else { return };
@@ -208,7 +251,7 @@ fn filesystem_mode_can_be_asked_for() {
     let fs = Filesystem::make(Kind::Ext4, 100 * MIB, 512, &Backing::Memory, &mount).unwrap();
     let image = fs.path().join("image");
     let mut model = Model::new(Layout::Mixed.make(&image, 8 * MIB, 5).unwrap());
-    let (_, status) = exercise(&run, &image, &mut model, &["--mode", "filesystem"]);
+    let (_, status) = exercise(&run, &image, &mut model, "forbidden");
     assert_eq!(
         (status.text("mode"), status.number("segments/direct")),
         ("filesystem", 0),
@@ -222,7 +265,7 @@ fn device(sector: u32) {
     let run = rig.dir("run").unwrap();
     let disk = LoopDisk::attach(8 * MIB, sector, &Backing::Memory).unwrap();
     let mut model = Model::new(vec![0; 8 << 20]);
-    let (tally, status) = exercise(&run, disk.path(), &mut model, &[]);
+    let (tally, status) = exercise(&run, disk.path(), &mut model, "direct");
     assert!(tally.writes > 500, "{tally:?}");
     assert!(status.direct(), "{status:?}");
     assert_eq!(
@@ -262,7 +305,7 @@ fn filled_holes_become_direct() {
         let image = fs.path().join("image");
         Layout::Sparse.make(&image, 8 * MIB, 5).unwrap();
         let daemon = Daemon::start(Path::new(PROGRAM), &run, &image, &[]).unwrap();
-        daemon.await_status("direct mode", Duration::from_secs(5), Status::direct).unwrap();
+        daemon.await_status("direct mode", PATIENCE, Status::direct).unwrap();
         let mut client = Client::connect(daemon.socket(), &ClientOptions::default()).unwrap();
         let segments = |name: &str| daemon.status().unwrap().number(&format!("segments/{name}"));
         for pass in 0..2_u8 {

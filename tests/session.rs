@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use integration::rig::command::close;
 use integration::rig::frontend::{self, Frontend, kind};
+use integration::rig::wait::{PATIENCE, until};
 use integration::rig::workload::Workload;
 use integration::rig::{Bed, ClientOptions, Rig, Setup};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
-const SOON: Duration = Duration::from_secs(5);
 const FEATURES: u64 = frontend::VERSION_1 | frontend::EVENT_IDX | frontend::FLUSH;
 
 /// Reads the image's first block on a ring that is set up.
@@ -24,7 +24,7 @@ fn read_block(bed: &Bed, front: &mut Frontend, index: usize) {
     ring.prepare(0, kind::IN, 0, 4096, true).unwrap();
     ring.publish(0).unwrap();
     ring.kick().unwrap();
-    let used = ring.wait_used(SOON).unwrap();
+    let used = ring.wait_used(PATIENCE).unwrap();
     assert_eq!((used.id, used.len, ring.status(0).unwrap()), (0, 4097, 0));
     bed.model.check(0, &ring.read_bytes(ring.data(0), 4096).unwrap()).unwrap();
 }
@@ -51,7 +51,7 @@ fn a_kick_before_the_ring_is_enabled_is_not_lost() {
     std::thread::sleep(Duration::from_millis(200));
     assert_eq!(ring.used_index().unwrap(), 0, "served before it was enabled");
     front.enable(0, true).unwrap();
-    assert_eq!(front.ring_mut(0).unwrap().wait_used(SOON).unwrap().id, 0);
+    assert_eq!(front.ring_mut(0).unwrap().wait_used(PATIENCE).unwrap().id, 0);
 }
 
 /// A kick that is already in the eventfd when it arrives, for requests that are already in the ring.
@@ -68,7 +68,7 @@ fn a_kick_before_its_eventfd_is_known_is_not_lost() {
     front.set_call(0).unwrap();
     front.set_kick(0).unwrap();
     front.enable(0, true).unwrap();
-    assert_eq!(front.ring_mut(0).unwrap().wait_used(SOON).unwrap().id, 0);
+    assert_eq!(front.ring_mut(0).unwrap().wait_used(PATIENCE).unwrap().id, 0);
 }
 
 /// QEMU enables rings before it sends the call eventfd: what completed meanwhile must be signalled when it comes.
@@ -85,10 +85,10 @@ fn a_late_call_eventfd_is_signalled() {
     ring.publish(0).unwrap();
     ring.kick().unwrap();
     let done = || (ring.used_index().unwrap() == 1).then_some(());
-    integration::rig::wait::until("the completion", SOON, done).unwrap();
+    until("the completion", PATIENCE, done).unwrap();
     front.set_call(0).unwrap();
     assert!(
-        front.ring(0).unwrap().called(SOON).unwrap(),
+        front.ring(0).unwrap().called(PATIENCE).unwrap(),
         "the late call eventfd was not signalled"
     );
     front.ring_mut(0).unwrap().take_used().unwrap().unwrap();
@@ -109,7 +109,7 @@ fn a_disabled_ring_rests_and_goes_on_when_enabled() {
     read_block(&bed, &mut front, 1);
     assert_eq!(front.ring(0).unwrap().used_index().unwrap(), 1, "served while disabled");
     front.enable(0, true).unwrap();
-    assert_eq!(front.ring_mut(0).unwrap().wait_used(SOON).unwrap().id, 8);
+    assert_eq!(front.ring_mut(0).unwrap().wait_used(PATIENCE).unwrap().id, 8);
 }
 
 /// The memory table is sent again, as QEMU does at every change, while the rings are in use.
@@ -127,7 +127,7 @@ fn the_memory_table_changes_while_rings_run() {
         ring.kick().unwrap();
         front.share_memory().unwrap();
         let ring = front.ring_mut(0).unwrap();
-        let mut heads: Vec<u32> = (0..4).map(|_| ring.wait_used(SOON).unwrap().id).collect();
+        let mut heads: Vec<u32> = (0..4).map(|_| ring.wait_used(PATIENCE).unwrap().id).collect();
         heads.sort_unstable();
         assert_eq!(heads, [0, 4, 8, 12]);
     }
@@ -158,7 +158,7 @@ fn a_second_frontend_is_refused_at_once() {
     let mut client = bed.connect(2).unwrap();
     for _ in 0..3 {
         let mut second = UnixStream::connect(bed.daemon.socket()).unwrap();
-        second.set_read_timeout(Some(SOON)).unwrap();
+        second.set_read_timeout(Some(PATIENCE)).unwrap();
         let end = second.read(&mut [0; 16]);
         let closed = matches!(&end, Ok(0))
             || end.as_ref().is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset);
@@ -210,8 +210,7 @@ fn fifty_sessions_leak_nothing() {
         let now = (bed.daemon.open_files().unwrap(), count_threads(bed.daemon.pid()));
         (now.0 <= first && now.1 <= threads).then_some(())
     };
-    let result =
-        integration::rig::wait::until("files and threads of ended sessions gone", SOON, settled);
+    let result = until("files and threads of ended sessions gone", PATIENCE, settled);
     let now = (bed.daemon.open_files().unwrap(), count_threads(bed.daemon.pid()));
     result.unwrap_or_else(|error| {
         panic!("{error}: files and threads {:?}, now {now:?}", (first, threads))
@@ -237,7 +236,7 @@ fn the_configuration_space_can_be_read_in_any_size() {
     ring.prepare(0, kind::GET_ID, 0, 20, true).unwrap();
     ring.publish(0).unwrap();
     ring.kick().unwrap();
-    ring.wait_used(SOON).unwrap();
+    ring.wait_used(PATIENCE).unwrap();
     assert_eq!(ring.status(0).unwrap(), 0);
     assert_eq!(ring.read_bytes(ring.data(0), 9).unwrap(), b"a serial\0");
 }
@@ -273,7 +272,7 @@ fn the_cache_mode_can_be_switched() {
         ring.prepare(head, kind::OUT, 8, 4096, false).unwrap();
         ring.publish(head).unwrap();
         ring.kick().unwrap();
-        assert_eq!(ring.wait_used(SOON).unwrap().id, u32::from(head));
+        assert_eq!(ring.wait_used(PATIENCE).unwrap().id, u32::from(head));
         assert_eq!(ring.status(head).unwrap(), 0);
     }
     // Nonsense is refused or ignored, and the session goes on.

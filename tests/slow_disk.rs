@@ -4,23 +4,27 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use integration::rig::fault_disk::{Operation, Rule};
 use integration::rig::frontend::{self, Frontend, kind};
 use integration::rig::model::Model;
-use integration::rig::wait::until;
+use integration::rig::wait::{PATIENCE, until};
 use integration::rig::workload::Workload;
 use integration::rig::{
     Backing, Bed, Client, ClientOptions, Daemon, FaultDisk, LoopDisk, Queue, Request, Rig, Setup,
-    Shape,
+    Shape, Status,
 };
 use rustix::process::Signal;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
 const MIB: u64 = 1 << 20;
-const SOON: Duration = Duration::from_secs(2);
+/// How long a killed daemon's last write takes.
+const GHOST_TIME: Duration = Duration::from_secs(2);
+/// Long enough for what does not wait to show that.
+const MOMENT: Duration = Duration::from_millis(500);
 const GHOST: [u8; 4096] = [0x67; 4096];
 const NEWER: [u8; 4096] = [0x6e; 4096];
 
@@ -30,13 +34,26 @@ fn slow_disk(rig: &Rig) -> (FaultDisk, Setup) {
     (slow, setup)
 }
 
-/// Submits a write whose data is recognised by the slow disk and waits until the disk has it.
-fn write_slowly(slow: &FaultDisk, queue: &mut Queue, offset: u64, rule: Rule) {
+/// Submits a write that the disk recognises, and holds until it is healed.
+fn write_slowly(slow: &FaultDisk, queue: &mut Queue, offset: u64) {
     let before = slow.counts().hit;
-    slow.add(rule.starting(&GHOST).times(1));
+    slow.add(Rule::hold(Operation::Write).starting(&GHOST).times(1));
     queue.submit(Request::Write { offset, data: &GHOST }, &Shape::whole(), 1).unwrap();
     queue.kick().unwrap();
-    until("the slow write", SOON, || (slow.counts().hit > before).then_some(())).unwrap();
+    until("the slow write", PATIENCE, || (slow.counts().hit > before).then_some(())).unwrap();
+}
+
+/// Does what has to wait for the disk, which goes on after `time` only; says whether it waited.
+fn while_held<T>(slow: &FaultDisk, time: Duration, act: impl FnOnce() -> T) -> (T, bool) {
+    let healed = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(time);
+            healed.store(true, Ordering::SeqCst);
+            slow.heal();
+        });
+        (act(), healed.load(Ordering::SeqCst))
+    })
 }
 
 /// The daemon is killed with a 2 s write in flight and started again at once: the ghost must not win.
@@ -45,20 +62,21 @@ fn newer_write_survives(options: &[&str]) {
     let (slow, setup) = slow_disk(&rig);
     let mut bed = Bed::make(&rig, PROGRAM, &setup, options).unwrap();
     if options.is_empty() {
-        bed.await_direct(SOON).unwrap();
+        bed.await_direct(PATIENCE).unwrap();
     }
     let mut client = bed.connect(1).unwrap();
-    let start = Instant::now();
-    write_slowly(&slow, client.queue(0).unwrap(), 40960, Rule::delay(Operation::Write, SOON));
+    write_slowly(&slow, client.queue(0).unwrap(), 40960);
     bed.daemon.sigkill().unwrap();
-    assert!(slow.counts().in_flight > 0, "the write was over before the kill");
-    // Not waiting for its end: the socket is still a live one now and then.
-    bed.restart(options).unwrap();
-    let mut next = bed.connect(1).unwrap();
-    next.write_at(40960, &NEWER).unwrap();
+    let (mut next, _) = while_held(&slow, GHOST_TIME, || {
+        // Not waiting for its end: the socket is still a live one now and then.
+        bed.restart(options).unwrap();
+        let mut next = bed.connect(1).unwrap();
+        next.write_at(40960, &NEWER).unwrap();
+        next
+    });
     bed.model.write(40960, &NEWER).unwrap();
-    thread::sleep((SOON + Duration::from_millis(300)).saturating_sub(start.elapsed()));
-    until("the ghost's landing", SOON, || (slow.counts().in_flight == 0).then_some(())).unwrap();
+    until("the ghost's landing", PATIENCE, || (slow.counts().in_flight == 0).then_some(()))
+        .unwrap();
     assert!(next.read_at(40960, 4096).unwrap() == NEWER, "the killed daemon's write came last");
     bed.model.check(0, &next.read_at(0, 128 << 10).unwrap()).unwrap();
     drop((client, next));
@@ -84,15 +102,18 @@ fn sigkill_with_a_write_in_flight_to_a_block_device() {
     let start_daemon = || Daemon::start(Path::new(PROGRAM), &run, disk.path(), &[]).unwrap();
     let first = start_daemon();
     let mut client = Client::connect(first.socket(), &ClientOptions::default()).unwrap();
-    let start = Instant::now();
-    write_slowly(&slow, client.queue(0).unwrap(), 40960, Rule::delay(Operation::Write, SOON));
+    write_slowly(&slow, client.queue(0).unwrap(), 40960);
     first.sigkill().unwrap();
-    assert!(slow.counts().in_flight > 0, "the write was over before the kill");
-    let second = start_daemon();
-    let mut next = Client::connect(second.socket(), &ClientOptions::default()).unwrap();
-    next.write_at(40960, &NEWER).unwrap();
-    thread::sleep((SOON + Duration::from_millis(300)).saturating_sub(start.elapsed()));
+    let ((mut next, second), _) = while_held(&slow, GHOST_TIME, || {
+        let second = start_daemon();
+        let mut next = Client::connect(second.socket(), &ClientOptions::default()).unwrap();
+        next.write_at(40960, &NEWER).unwrap();
+        (next, second)
+    });
+    until("the ghost's landing", PATIENCE, || (slow.counts().in_flight == 0).then_some(()))
+        .unwrap();
     assert!(next.read_at(40960, 4096).unwrap() == NEWER, "the killed daemon's write came last");
+    drop((next, second));
 }
 
 #[test]
@@ -101,18 +122,16 @@ fn sigterm_drains_what_is_in_flight() {
     let (slow, setup) = slow_disk(&rig);
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
     let mut client = bed.connect(1).unwrap();
-    let start = Instant::now();
-    write_slowly(
-        &slow,
-        client.queue(0).unwrap(),
-        40960,
-        Rule::delay(Operation::Write, Duration::from_millis(800)),
-    );
+    write_slowly(&slow, client.queue(0).unwrap(), 40960);
     bed.model.write(40960, &GHOST).unwrap();
     let socket: PathBuf = bed.daemon.socket().into();
-    assert!(bed.daemon.sigterm().unwrap().success(), "{}", bed.daemon.log());
-    assert!(start.elapsed() >= Duration::from_millis(700), "it did not wait for the write");
+    let (status, waited) = while_held(&slow, MOMENT, || bed.daemon.sigterm().unwrap());
+    assert!(status.success() && waited, "{status}; {}", bed.daemon.log());
+    // The guest has its answer, which a process that merely dies does not give.
+    let done = client.queue(0).unwrap().drain().unwrap();
+    assert!(done.iter().all(|done| done.result.is_ok()), "{done:?}");
     assert!(!socket.exists(), "the socket is left behind");
+    drop(client);
     bed.restart(&[]).unwrap();
     bed.finish().unwrap();
 }
@@ -124,16 +143,17 @@ fn a_second_sigterm_ends_it_at_once() {
     let (slow, setup) = slow_disk(&rig);
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
     let mut client = bed.connect(1).unwrap();
-    write_slowly(&slow, client.queue(0).unwrap(), 40960, Rule::hold(Operation::Write));
+    write_slowly(&slow, client.queue(0).unwrap(), 40960);
     bed.model.write(40960, &GHOST).unwrap();
     bed.daemon.signal(Signal::TERM).unwrap();
-    until("the first", SOON, || bed.daemon.log().contains("told to stop").then_some(())).unwrap();
+    until("the first", PATIENCE, || bed.daemon.log().contains("told to stop").then_some(()))
+        .unwrap();
     bed.daemon.signal(Signal::TERM).unwrap();
-    until("the second", SOON, || bed.daemon.log().contains("told to stop twice").then_some(()))
+    until("the second", PATIENCE, || bed.daemon.log().contains("told to stop twice").then_some(()))
         .unwrap();
     // The kernel keeps the dead process until its last request has ended.
     slow.heal();
-    assert_eq!(bed.daemon.wait(SOON).unwrap().code(), Some(1));
+    assert_eq!(bed.daemon.wait(PATIENCE).unwrap().code(), Some(1));
     drop(client);
     bed.restart(&[]).unwrap();
     bed.finish().unwrap();
@@ -145,15 +165,14 @@ fn a_frontend_gone_with_io_in_flight_and_the_next_at_once() {
     let (slow, setup) = slow_disk(&rig);
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
     let mut client = bed.connect(2).unwrap();
-    write_slowly(
-        &slow,
-        client.queue(1).unwrap(),
-        40960,
-        Rule::delay(Operation::Write, Duration::from_secs(1)),
-    );
+    write_slowly(&slow, client.queue(1).unwrap(), 40960);
     drop(client);
-    let mut next = bed.connect(2).unwrap();
-    next.write_at(40960, &NEWER).unwrap();
+    let (mut next, waited) = while_held(&slow, MOMENT, || {
+        let mut next = bed.connect(2).unwrap();
+        next.write_at(40960, &NEWER).unwrap();
+        next
+    });
+    assert!(waited, "the next session began with I/O of the last one in flight");
     bed.model.write(40960, &NEWER).unwrap();
     let load = Workload { requests: 200, ..Workload::default() };
     load.run(next.queues(), &mut bed.model).unwrap();
@@ -169,17 +188,18 @@ fn a_frontend_gone_with_flushes_queued_and_the_next_at_once() {
     let bed = Bed::make(&rig, PROGRAM, &setup, &["--num-queues=2", "--threads=2"]).unwrap();
     let mut client = bed.connect(2).unwrap();
     client.write_at(0, &NEWER).unwrap();
-    slow.add(Rule::delay(Operation::Flush, Duration::from_millis(500)).times(1));
+    slow.add(Rule::hold(Operation::Flush).times(1));
     let queue = client.queue(0).unwrap();
     // The second one shares the commit after the first one's, which begins when the other thread is long done.
-    for token in 0..2 {
+    for (token, asked) in [(0, 1), (1, 2)] {
         queue.submit(Request::Flush, &Shape::whole(), token).unwrap();
         queue.kick().unwrap();
-        until("the slow flush", SOON, || (slow.counts().hit > 0).then_some(())).unwrap();
+        until("the slow flush", PATIENCE, || (slow.counts().hit > 0).then_some(())).unwrap();
+        let heard = |status: &Status| status.number("flush/requests") == asked;
+        bed.daemon.await_status("the flush", PATIENCE, heard).unwrap();
     }
-    thread::sleep(Duration::from_millis(100));
     drop(client);
-    let mut next = bed.connect(2).unwrap();
+    let (mut next, _) = while_held(&slow, MOMENT, || bed.connect(2).unwrap());
     next.write_at(4096, &NEWER).unwrap();
     next.flush().unwrap();
 }
@@ -191,16 +211,14 @@ fn get_vring_base_answers_after_what_is_in_flight() {
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
     let features = frontend::VERSION_1 | frontend::EVENT_IDX;
     let mut front = Frontend::start(bed.daemon.socket(), 2, 64, features).unwrap();
-    slow.add(Rule::delay(Operation::Write, Duration::from_millis(800)).starting(&GHOST).times(1));
+    slow.add(Rule::hold(Operation::Write).starting(&GHOST).times(1));
     let ring = front.ring_mut(0).unwrap();
     ring.write_bytes(&GHOST, ring.data(0)).unwrap();
     ring.prepare(0, kind::OUT, 80, 4096, false).unwrap();
     ring.publish(0).unwrap();
     ring.kick().unwrap();
-    until("the slow write", SOON, || (slow.counts().hit > 0).then_some(())).unwrap();
-    let start = Instant::now();
-    assert_eq!(front.stop(0).unwrap(), 1);
-    assert!(start.elapsed() > Duration::from_millis(500), "it did not wait for the write");
+    until("the slow write", PATIENCE, || (slow.counts().hit > 0).then_some(())).unwrap();
+    assert_eq!(while_held(&slow, MOMENT, || front.stop(0).unwrap()), (1, true));
     let ring = front.ring_mut(0).unwrap();
     assert!(ring.called(Duration::ZERO).unwrap(), "stopped without a call");
     assert_eq!(ring.take_used().unwrap().map(|used| used.id), Some(0));
@@ -219,7 +237,7 @@ fn get_vring_base_answers_after_what_is_in_flight() {
         ring.prepare(4, kind::IN, 80, 4096, true).unwrap();
         ring.publish(4).unwrap();
         ring.kick().unwrap();
-        assert_eq!(ring.wait_used(SOON).unwrap().id, 4);
+        assert_eq!(ring.wait_used(PATIENCE).unwrap().id, 4);
         assert!(ring.read_bytes(ring.data(4), 4096).unwrap() == GHOST);
     }
     drop(front);
@@ -232,27 +250,29 @@ fn a_lease_break_waits_for_the_write_in_flight() {
     let Some(rig) = Rig::enter() else { return };
     let (slow, setup) = slow_disk(&rig);
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
-    bed.await_direct(SOON).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     let mut client = bed.connect(2).unwrap();
-    let rule = Rule::delay(Operation::Write, Duration::from_millis(800));
-    write_slowly(&slow, client.queue(0).unwrap(), 40960, rule);
+    write_slowly(&slow, client.queue(0).unwrap(), 40960);
     bed.model.write(40960, &GHOST).unwrap();
-    let start = Instant::now();
     let bytes = thread::scope(|scope| {
         let reader = scope.spawn(|| bed.host_bytes().unwrap());
-        thread::sleep(Duration::from_millis(100));
-        // The guest goes on all the while.
+        let breaking = |status: &Status| status.text("lease") == "breaking";
+        bed.daemon.await_status("the lease break", PATIENCE, breaking).unwrap();
+        // The guest goes on all the while: not raw, and what it asks for now waits for that with the reader.
         let queue = client.queue(1).unwrap();
-        queue.write_at(MIB, &NEWER).unwrap();
-        assert!(queue.read_at(MIB, 4096).unwrap() == NEWER);
+        queue.submit(Request::Write { offset: MIB, data: &NEWER }, &Shape::whole(), 2).unwrap();
+        queue.kick().unwrap();
+        thread::sleep(MOMENT);
+        assert!(!reader.is_finished(), "the reader got in during the write");
+        slow.heal();
+        assert!(queue.drain().unwrap().iter().all(|done| done.result.is_ok()));
         reader.join().unwrap()
     });
-    assert!(start.elapsed() > Duration::from_millis(500), "the reader got in during the write");
     // What the guest wrote meanwhile the reader may have seen or not; what was in flight before it came, it must.
     bed.model.check(0, bytes.get(..1 << 20).unwrap()).unwrap();
     bed.model.write(MIB, &NEWER).unwrap();
     assert_eq!(client.queue(0).unwrap().drain().unwrap().len(), 1);
-    bed.await_direct(SOON).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     drop(client);
     bed.finish().unwrap();
 }
@@ -261,7 +281,7 @@ fn a_lease_break_waits_for_the_write_in_flight() {
 fn a_failed_request_fails_alone() {
     let Some(rig) = Rig::enter() else { return };
     let (slow, setup) = slow_disk(&rig);
-    let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
     let mut client = bed.connect(1).unwrap();
     slow.add(Rule::fail(Operation::Write).starting(&GHOST));
     let queue = client.queue(0).unwrap();
@@ -275,17 +295,22 @@ fn a_failed_request_fails_alone() {
     for done in queue.drain().unwrap() {
         assert_eq!(done.result.is_err(), done.token == 3, "{done:?}");
     }
+    for block in 0..8 {
+        bed.model.write(block * 8192, if block == 3 { &GHOST } else { &NEWER }).unwrap();
+    }
     slow.heal();
     client.write_at(3 * 8192, &GHOST).unwrap();
     assert!(client.read_at(3 * 8192, 4096).unwrap() == GHOST);
     assert_eq!(bed.daemon.status().unwrap().number("requests/errors"), 1);
+    drop(client);
+    bed.finish().unwrap();
 }
 
 #[test]
 fn a_failed_flush_is_not_forgotten_until_the_session_ends() {
     let Some(rig) = Rig::enter() else { return };
     let (slow, setup) = slow_disk(&rig);
-    let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
     let mut client = bed.connect(2).unwrap();
     client.write_at(0, &NEWER).unwrap();
     client.flush().unwrap();
@@ -302,6 +327,10 @@ fn a_failed_flush_is_not_forgotten_until_the_session_ends() {
     let mut next = bed.connect(1).unwrap();
     next.write_at(0, &NEWER).unwrap();
     next.flush().unwrap();
+    bed.model.write(0, &NEWER).unwrap();
+    bed.model.write(4096, &NEWER).unwrap();
+    drop(next);
+    bed.finish().unwrap();
 }
 
 /// A flush waits for the writes accepted before it on every queue.
@@ -311,15 +340,11 @@ fn a_flush_waits_for_the_other_queues_writes() {
     let (slow, setup) = slow_disk(&rig);
     let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
     let mut client = bed.connect(2).unwrap();
-    write_slowly(
-        &slow,
-        client.queue(1).unwrap(),
-        40960,
-        Rule::delay(Operation::Write, Duration::from_millis(600)),
-    );
-    let (start, flushes) = (Instant::now(), slow.counts().flushes);
-    client.flush().unwrap();
-    assert!(start.elapsed() > Duration::from_millis(400), "it did not wait");
+    write_slowly(&slow, client.queue(1).unwrap(), 40960);
+    let flushes = slow.counts().flushes;
+    let (result, waited) = while_held(&slow, MOMENT, || client.flush());
+    result.unwrap();
+    assert!(waited, "it did not wait");
     assert!(slow.counts().flushes > flushes, "no flush reached the disk");
     assert_eq!(client.queue(1).unwrap().drain().unwrap().len(), 1);
 }
@@ -332,7 +357,7 @@ fn a_slow_request_holds_no_other_up() {
     let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
     let mut client = bed.connect(1).unwrap();
     let mut model = Model::new(bed.model.bytes().to_vec());
-    write_slowly(&slow, client.queue(0).unwrap(), 40960, Rule::hold(Operation::Write));
+    write_slowly(&slow, client.queue(0).unwrap(), 40960);
     let queue = client.queue(0).unwrap();
     for token in 10..26 {
         let offset = (token - 10) * 8192 + MIB;

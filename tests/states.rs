@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use integration::rig::command::run as run_tool;
 use integration::rig::model::{Model, stamp_of, stamp_sector};
-use integration::rig::outside::states;
-use integration::rig::wait::until;
+use integration::rig::outside::{states, still};
+use integration::rig::wait::{PATIENCE, until};
 use integration::rig::workload::Workload;
 use integration::rig::{
     Backing, Bed, Client, ClientOptions, Daemon, Filesystem, Kind, Layout, LoopDisk, Mount, Queue,
@@ -23,7 +23,8 @@ use integration::rig::{
 const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
 const EXTENTCTL: &str = env!("CARGO_BIN_EXE_extentctl");
 const MIB: u64 = 1 << 20;
-const SOON: Duration = Duration::from_secs(2);
+/// Longer than a time that has been set is set again (R4).
+const CALM: Duration = Duration::from_millis(1500);
 
 /// Segments by path: direct, file, zero.
 fn segments(daemon: &Daemon) -> [u64; 3] {
@@ -51,7 +52,7 @@ fn state(daemon: &Daemon, range: Range<u64>) -> Vec<String> {
 
 /// What becomes of a range that is in `state` at first: read by the path `read`, written through the file, mapped and direct.
 fn becomes_mapped(bed: &mut Bed, first: &str, read: &str) {
-    bed.await_direct(SOON).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     let mut client = bed.connect(1).unwrap();
     let daemon = &bed.daemon;
     let whole = 0..bed.model.size();
@@ -111,7 +112,7 @@ fn delayed_allocation_at_the_start() {
         File::options().write(true).open(&bed.image).unwrap().write_all_at(&bytes, 0).unwrap();
         bed.model = Model::new(bytes);
         bed.restart(&[]).unwrap();
-        bed.await_direct(SOON).unwrap();
+        bed.await_direct(PATIENCE).unwrap();
         let mut client = bed.connect(2).unwrap();
         let daemon = &bed.daemon;
         assert_eq!(paths(daemon, || bed.check_guest(&mut client).unwrap()), ["direct"]);
@@ -330,7 +331,7 @@ fn blocks_of_4096_bytes_for_the_guest() {
 fn find_newer_sees_a_guests_writes_and_nothing_else() {
     let Some(rig) = Rig::enter() else { return };
     let mut bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
-    bed.await_direct(SOON).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     let mut client = bed.connect(1).unwrap();
     let (image, since) = (bed.image.clone(), bed.fs.path().join("since"));
     let newer = || {
@@ -345,20 +346,20 @@ fn find_newer_sees_a_guests_writes_and_nothing_else() {
     };
     mark();
     client.write_at(0, &[1; 4096]).unwrap();
-    until("a newer image", SOON, || newer().then_some(())).unwrap();
+    until("a newer image", PATIENCE, || newer().then_some(())).unwrap();
     // The write's time may be set once more, a second later.
-    thread::sleep(Duration::from_millis(1500));
+    still(&image, CALM).unwrap();
     mark();
     client.read_at(0, 4096).unwrap();
     client.flush().unwrap();
-    thread::sleep(Duration::from_millis(1500));
+    still(&image, CALM).unwrap();
     assert!(!newer(), "an idle guest's image has changed");
     assert!(bed.daemon.status().unwrap().direct());
     drop(client);
     assert!(bed.daemon.sigterm().unwrap().success());
     assert!(!newer(), "the end of an idle guest changed the image");
     bed.restart(&[]).unwrap();
-    bed.daemon.await_status("direct mode", SOON, Status::direct).unwrap();
+    bed.daemon.await_status("direct mode", PATIENCE, Status::direct).unwrap();
     mark();
     assert!(!newer(), "a start changed the image");
     let mut client = bed.connect(1).unwrap();

@@ -5,12 +5,12 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use integration::rig::command::run;
 use integration::rig::fault_disk::{Operation, Rule};
 use integration::rig::outside::{Filler, Frozen, get_in, settle};
-use integration::rig::wait::until;
+use integration::rig::wait::{PATIENCE, until};
 use integration::rig::workload::Workload;
 use integration::rig::{
     Backing, Bed, FaultDisk, Kind, Layout, Mount, Queue, Request, Rig, Setup, Shape,
@@ -19,8 +19,6 @@ use serde_json::Value;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
 const MIB: u64 = 1 << 20;
-const SOON: Duration = Duration::from_secs(2);
-const LATER: Duration = Duration::from_secs(20);
 /// What the fault disk tells one write from the others by.
 const MARK: [u8; 4096] = [0x67; 4096];
 
@@ -41,7 +39,7 @@ fn full(kind: Kind) {
     let setup =
         Setup { kind, disk: 400 * MIB, layout: Layout::Sparse, size: 32 * MIB, ..Setup::default() };
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
-    bed.await_direct(SOON).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     let mut client = bed.connect(1).unwrap();
     client.write_at(0, &[1; 8192]).unwrap();
     bed.model.write(0, &[1; 8192]).unwrap();
@@ -101,7 +99,7 @@ fn a_disk_error_is_one_requests_error() {
     let Some(rig) = Rig::enter() else { return };
     let (disk, setup) = fault_disk(&rig, Layout::Mixed);
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
-    bed.await_direct(SOON).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     let mut client = bed.connect(1).unwrap();
     // Everything is mapped after this, and read.
     bed.check_guest(&mut client).unwrap();
@@ -144,8 +142,8 @@ fn a_disk_error_is_one_requests_error() {
 fn a_failed_flush_is_in_the_state_until_the_session_ends() {
     let Some(rig) = Rig::enter() else { return };
     let (disk, setup) = fault_disk(&rig, Layout::Written);
-    let bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
-    bed.await_direct(SOON).unwrap();
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     let error = || bed.daemon.status().unwrap().0.pointer("/flush/error").cloned();
     let mut client = bed.connect(1).unwrap();
     client.write_at(0, &MARK).unwrap();
@@ -164,6 +162,10 @@ fn a_failed_flush_is_in_the_state_until_the_session_ends() {
     let mut next = bed.connect(1).unwrap();
     next.flush().unwrap();
     assert_eq!(error(), Some(Value::Null));
+    bed.model.write(0, &MARK).unwrap();
+    bed.model.write(8192, &[1; 4096]).unwrap();
+    drop(next);
+    bed.finish().unwrap();
 }
 
 /// A request that takes 10 s holds up nothing but the flush that must wait for it.
@@ -172,12 +174,12 @@ fn a_request_of_ten_seconds() {
     let Some(rig) = Rig::enter() else { return };
     let (disk, setup) = fault_disk(&rig, Layout::Written);
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
-    bed.await_direct(SOON).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     let mut client = bed.connect(2).unwrap();
-    let rule = Rule::delay(Operation::Write, Duration::from_secs(10));
-    disk.add(rule.starting(&MARK).times(1));
+    disk.add(Rule::hold(Operation::Write).starting(&MARK).times(1));
     submit(client.queue(0).unwrap(), Request::Write { offset: 0, data: &MARK }, 1);
-    until("the slow write", SOON, || (disk.counts().hit > 0).then_some(())).unwrap();
+    until("the slow write", PATIENCE, || (disk.counts().hit > 0).then_some(())).unwrap();
+    let start = Instant::now();
     submit(client.queue(1).unwrap(), Request::Flush, 2);
     let queue = client.queue(1).unwrap();
     for token in 10..110 {
@@ -189,12 +191,15 @@ fn a_request_of_ten_seconds() {
             done.result.unwrap();
         }
     }
-    assert!(disk.counts().in_flight > 0 && client.queue(0).unwrap().collect().unwrap().is_empty());
+    std::thread::sleep(Duration::from_secs(10).saturating_sub(start.elapsed()));
+    for queue in client.queues() {
+        assert!(queue.collect().unwrap().is_empty(), "something did not wait for the disk");
+    }
+    disk.heal();
     for queue in client.queues() {
         assert!(queue.drain().unwrap().iter().all(|done| done.result.is_ok()));
     }
     bed.model.write(0, &MARK).unwrap();
-    assert_eq!(disk.counts().in_flight, 0);
     bed.check_guest(&mut client).unwrap();
     drop(client);
     bed.finish().unwrap();
@@ -206,7 +211,7 @@ fn filesystem_lost(kind: Kind, lose: impl Fn(&Path)) {
     let Some(rig) = Rig::enter() else { return };
     let setup = Setup { kind, disk: 400 * MIB, layout: Layout::Mixed, ..Setup::default() };
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
-    bed.await_direct(SOON).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     let mut client = bed.connect(2).unwrap();
     Workload { requests: 200, ..Workload::default() }.run(client.queues(), &mut bed.model).unwrap();
     let hole = Request::Discard { offset: 6 * MIB, len: MIB };
@@ -271,7 +276,7 @@ fn frozen(kind: Kind) {
     let Some(rig) = Rig::enter() else { return };
     let setup = Setup { kind, disk: 400 * MIB, ..Setup::default() };
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
-    bed.await_direct(SOON).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     let mut client = bed.connect(2).unwrap();
     let load = Workload { requests: 300, ..Workload::default() };
     load.run(client.queues(), &mut bed.model).unwrap();
@@ -282,7 +287,7 @@ fn frozen(kind: Kind) {
     // A discard under way holds no reader up.
     submit(client.queue(1).unwrap(), Request::Discard { offset: 4 * MIB, len: MIB }, 9);
     std::thread::sleep(Duration::from_millis(100));
-    get_in(&bed.image, SOON).unwrap();
+    get_in(&bed.image, PATIENCE).unwrap();
     submit(client.queue(0).unwrap(), Request::Write { offset: 0, data: &MARK }, 1);
     submit(client.queue(0).unwrap(), Request::Flush, 2);
     std::thread::sleep(Duration::from_millis(100));
@@ -294,7 +299,7 @@ fn frozen(kind: Kind) {
     }
     bed.model.write(0, &MARK).unwrap();
     bed.model.zero(4 * MIB..5 * MIB).unwrap();
-    bed.await_direct(LATER).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     bed.check_guest(&mut client).unwrap();
     load.run(client.queues(), &mut bed.model).unwrap();
     drop(client);
@@ -317,7 +322,7 @@ fn an_image_truncated_through_an_open() {
     let Some(rig) = Rig::enter() else { return };
     let setup = Setup { size: 16 * MIB, ..Setup::default() };
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
-    bed.await_direct(SOON).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     let mut client = bed.connect(2).unwrap();
     Workload { requests: 200, ..Workload::default() }.run(client.queues(), &mut bed.model).unwrap();
     let file = File::options().write(true).open(&bed.image).unwrap();

@@ -528,6 +528,98 @@ fn a_flush_whose_asker_left_makes_room_for_the_next() {
 }
 
 #[test]
+fn a_flush_whose_syncing_worker_left_is_synced_by_another() {
+    let mut small = Small::direct(|_| ());
+    small.keeper.worker_joined(B);
+    small.poll();
+    let reached = |id| ToKeeper::PointReached { id: PointId(id), raw: None, file: false };
+    small.say(A, ToKeeper::Flush(Tag(0)));
+    small.say(A, reached(1));
+    small.say(B, reached(1));
+    let sync = ToWorker::Sync { image: true, device: None };
+    assert_eq!(small.take(A)[1..], [sync]);
+    small.say(B, ToKeeper::Flush(Tag(1)));
+    small.take(B);
+    // Its frontend is gone, and with it the one that waited: it has not begun to sync.
+    small.say(A, ToKeeper::Retiring { raw: None, file: false });
+    small.keeper.worker_left(small.now, A);
+    small.poll();
+    assert_eq!(small.take(B), [ToWorker::Point(PointId(2))]);
+    small.say(B, reached(2));
+    // What A was to make durable still has to be.
+    assert_eq!(small.take(B), [sync]);
+    small.say(B, ToKeeper::Synced(0));
+    assert_eq!(small.take(B), [ToWorker::Flushed(Tag(1), 0)]);
+}
+
+#[test]
+fn flushes_that_come_meanwhile_share_the_next_sync() {
+    for strict in [false, true] {
+        let mut small = Small::direct(|config| config.strict = strict);
+        let reached = |id| ToKeeper::PointReached {
+            id: PointId(id),
+            raw: Some(DeviceOffset(4096)),
+            file: false,
+        };
+        (0..4).for_each(|tag| small.say(A, ToKeeper::Flush(Tag(tag))));
+        let mut groups = Vec::new();
+        for point in 1..5 {
+            small.say(A, reached(point));
+            small.say(A, ToKeeper::Synced(0));
+            let flushed = small.take(A).into_iter().filter_map(|message| match message {
+                ToWorker::Flushed(Tag(tag), 0) => Some(tag),
+                _ => None,
+            });
+            groups.push(flushed.collect::<Vec<_>>());
+        }
+        let expected: [&[u32]; 4] =
+            if strict { [&[0], &[1], &[2], &[3]] } else { [&[0], &[1, 2, 3], &[], &[]] };
+        assert_eq!(groups, expected, "strict: {strict}");
+    }
+}
+
+#[test]
+fn a_write_lost_before_direct_mode_fails_the_flushes_until_reset() {
+    let mut small = Small::new(|_| ());
+    small.finish(JobDone::Enter(Err(Refusal::Unsynced(5))));
+    let refused = Report::Refused(Refusal::Unsynced(5));
+    assert_eq!(small.reports, [Report::FlushFailed(5), refused]);
+    small.say(A, ToKeeper::Flush(Tag(0)));
+    assert_eq!(small.take(A), [ToWorker::Flushed(Tag(0), 5)]);
+    small.keeper.device_reset();
+    small.say(A, ToKeeper::Flush(Tag(1)));
+    assert_eq!(small.take(A), [ToWorker::Point(PointId(1))]);
+}
+
+#[test]
+fn blocks_lost_behind_us_end_direct_mode_for_a_while_and_the_map_for_good() {
+    let mut small = Small::direct(|_| ());
+    small.need(0, blocks(0, 1));
+    small.map(State::Mapped, Proof::Equal);
+    small.take(A);
+    assert_eq!(small.seen(0), Some(State::Mapped));
+    small.keeper.blocks_lost(small.now);
+    small.poll();
+    let (id, range, drain) = small.park_of(A);
+    assert_eq!((range, drain, small.drops), (FileRange::ALL, Drain::Raw, 0));
+    small.say(A, ToKeeper::Parked(id));
+    assert_eq!((small.drops, small.mode(), small.seen(0)), (1, Mode::Filesystem, None));
+    assert_eq!(small.reports.pop(), Some(Report::Filesystem(Why::BlocksLost)));
+    small.take(A);
+    small.wait(Duration::from_secs(60));
+    small.enter();
+    assert_eq!(small.seen(0), None);
+}
+
+#[test]
+fn a_discard_of_no_whole_block_is_done_at_once() {
+    let mut small = Small::direct(|_| ());
+    small.say(A, ToKeeper::Discard(Tag(0), FileRange::new(512, BLOCK + 512)));
+    assert_eq!(small.take(A), [ToWorker::Discarded(Tag(0), 0)]);
+    assert!(small.jobs.is_empty());
+}
+
+#[test]
 fn shutting_down_gives_the_lease_back_in_every_state_and_it_stays_so() {
     fn stop(small: &mut Small) {
         small.keeper.shut_down(small.now);

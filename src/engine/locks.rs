@@ -69,28 +69,5 @@ impl<P: Copy> RangeLocks<P> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn lock(tag: u32, start: u64, end: u64) -> Lock<()> {
-        Lock { owner: (WorkerId(0), Tag(tag)), range: FileRange::new(start, end), purpose: () }
-    }
-
-    #[test]
-    fn a_later_lock_does_not_overtake_one_it_overlaps_that_still_waits() {
-        let mut locks = RangeLocks::default();
-        locks.ask(lock(1, 0, 10));
-        locks.ask(lock(2, 5, 20));
-        locks.ask(lock(3, 15, 30));
-        locks.ask(lock(4, 40, 50));
-        assert_eq!(locks.grant().map(|l| l.owner.1.0), Some(1));
-        // 2 waits for 1, 3 overlaps 2 and waits behind it, 4 is free.
-        assert_eq!(locks.grant().map(|l| l.owner.1.0), Some(4));
-        assert_eq!(locks.grant(), None);
-        assert!(locks.release((WorkerId(0), Tag(1))).is_some());
-        assert_eq!(locks.grant().map(|l| l.owner.1.0), Some(2));
-        assert_eq!(locks.grant(), None);
-        assert!(locks.release((WorkerId(0), Tag(2))).is_some());
-        assert_eq!(locks.grant().map(|l| l.owner.1.0), Some(3));
-    }
-}
+#[path = "locks_tests.rs"]
+mod tests;

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, StatxFlags};
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
 
 use super::device;
 use super::mounts::{Mount, Place, parse_exports, parse_mountinfo, parse_swaps};
@@ -153,6 +153,7 @@ pub(super) fn check(subject: &Subject<'_>) -> Result<(), NotEligible> {
         ext(subject, mount, direct_align)?
     }
     check_flags(inode::flags(subject.fd).map_err(unknown("FS_IOC_GETFLAGS"))?)?;
+    check_attributes(statx.stx_attributes)?;
     if !subject.direct_io || direct_align == Some(0) {
         return Err(NotEligible::NoDirectIo);
     }
@@ -240,6 +241,14 @@ fn check_flags(set: u32) -> Result<(), NotEligible> {
     }
 }
 
+/// What is so without a flag of the inode's: a whole filesystem can be mounted with `dax=always`.
+fn check_attributes(set: StatxAttributes) -> Result<(), NotEligible> {
+    if set.contains(StatxAttributes::DAX) {
+        return Err(NotEligible::Flag { flag: "DAX", fix: "mount it without dax=always" });
+    }
+    Ok(())
+}
+
 fn swap(subject: &Subject<'_>) -> Result<(), NotEligible> {
     let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
     let ours = |path: &PathBuf| {
@@ -291,6 +300,14 @@ fn exports(place: &Place, mounts: &[Mount]) -> Result<(), NotEligible> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn direct_access_that_no_flag_tells_of_refuses() {
+        assert!(check_attributes(StatxAttributes::MOUNT_ROOT | StatxAttributes::APPEND).is_ok());
+        let set = StatxAttributes::DAX | StatxAttributes::AUTOMOUNT;
+        let reason = check_attributes(set).unwrap_err().to_string();
+        assert_eq!(reason, "the file is marked DAX; mount it without dax=always");
+    }
 
     #[test]
     fn each_flag_of_the_list_refuses() {

@@ -2,6 +2,7 @@
 //! Leases: who is told, who gets in, and what giving one back must not wait for.
 
 use std::fs::{self, File};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,13 +13,16 @@ use super::*;
 use crate::engine::message::Job;
 use crate::sys::page_cache;
 
+/// What a lease of ours that nobody serves would take much longer than.
+const AT_ONCE: Duration = Duration::from_secs(20);
+
 fn wait_for_break(signals: &LeaseSignals) -> LeaseSignal {
     let since = Instant::now();
     loop {
         if let Some(signal) = signals.next().unwrap() {
             return signal;
         }
-        assert!(since.elapsed() < Duration::from_secs(5), "no lease break arrived");
+        assert!(since.elapsed() < AT_ONCE, "no lease break arrived");
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -38,7 +42,7 @@ device_test!(a_lease_taken_by_a_helper_thread_breaks_here, {
     assert_eq!(wait_for_break(&signals), want);
     image.drop_lease();
     assert_eq!(reader.join().unwrap(), 65536);
-    assert!(since.elapsed() < Duration::from_secs(2));
+    assert!(since.elapsed() < AT_ONCE);
     assert_eq!(signals.next().unwrap(), None);
     assert_eq!(image.run(&Job::Enter), ENTERED);
 });
@@ -69,11 +73,16 @@ device_test!(dropping_the_lease_does_not_wait_for_a_frozen_filesystem, {
     assert_eq!(image.run(&Job::Enter), ENTERED);
     let mount = disk.path();
     sh(&format!("fsfreeze -f {}", mount.display()));
-    let since = Instant::now();
-    image.drop_lease();
-    let took = since.elapsed();
-    sh(&format!("fsfreeze -u {}", mount.display()));
-    assert!(took < Duration::from_millis(50), "{took:?}");
+    let (done, dropped) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            image.drop_lease();
+            done.send(()).unwrap();
+        });
+        let in_time = dropped.recv_timeout(AT_ONCE);
+        sh(&format!("fsfreeze -u {}", mount.display()));
+        in_time.unwrap();
+    });
 });
 
 device_test!(dirty_pages_are_left_alone_when_the_lease_goes, {
@@ -120,6 +129,6 @@ device_test!(the_end_of_the_image_is_the_end_of_lease_and_locks, {
     drop(image);
     let since = Instant::now();
     let image = open(&path);
-    assert!(since.elapsed() < Duration::from_secs(1));
+    assert!(since.elapsed() < AT_ONCE);
     assert_eq!(image.run(&Job::Enter), ENTERED);
 });

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use proptest::prelude::*;
@@ -558,13 +558,17 @@ fn endless_read(memory: &Arc<Memory>) -> (Ring, io::PipeWriter) {
 fn dropping_waits_as_long_as_it_takes() {
     let memory = ram();
     let (ring, mut writer) = endless_read(&memory);
-    let late = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(300));
-        writer.write_all(&[7; 10]).unwrap();
+    let written = Arc::new(AtomicBool::new(false));
+    let late = std::thread::spawn({
+        let written = Arc::clone(&written);
+        move || {
+            std::thread::sleep(Duration::from_millis(300));
+            written.store(true, Ordering::SeqCst);
+            writer.write_all(&[7; 10]).unwrap();
+        }
     });
-    let start = Instant::now();
     drop(ring);
-    assert!(start.elapsed() >= Duration::from_millis(250));
+    assert!(written.load(Ordering::SeqCst), "it did not wait");
     late.join().unwrap();
     let mut data = [0; 11];
     memory.read_slice(&mut data, GuestAddress(RAM)).unwrap();
@@ -714,10 +718,10 @@ fn a_device_flush_leaves_dirty_pages_outside_its_range_alone() {
 fn the_clock_runs() {
     let image = Image::new();
     let ring = ring(&image.open(true));
-    let (start, real) = (ring.now(), Instant::now());
+    let (real, start) = (Instant::now(), ring.now());
     std::thread::sleep(Duration::from_millis(5));
     let elapsed = ring.now() - start;
-    assert!(elapsed >= Duration::from_millis(5) && elapsed <= real.elapsed() * 2);
+    assert!(elapsed >= Duration::from_millis(5) && elapsed <= real.elapsed());
 }
 
 /// What one step of the random run does, in 512-byte units.

@@ -15,6 +15,8 @@ pub mod backend;
 pub mod chain;
 mod disk;
 pub mod features;
+#[cfg(test)]
+mod frontends_tests;
 mod mailbox;
 mod notify;
 mod queue;

@@ -61,3 +61,7 @@ impl Requests {
         self.slots.get_mut(usize::try_from(index).ok()?)
     }
 }
+
+#[cfg(test)]
+#[path = "requests_tests.rs"]
+mod tests;

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 use std::fs::File;
-use std::io::Write;
+use std::io::{PipeWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -170,22 +172,30 @@ fn many_requests_in_flight_are_answered_once_each() {
     }
 }
 
+/// Gives the device the bytes it waits for after a moment, and says when it has.
+fn release_late(mut pipe: PipeWriter, len: usize) -> (JoinHandle<PipeWriter>, Arc<AtomicBool>) {
+    let released = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&released);
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        told.store(true, Ordering::SeqCst);
+        pipe.write_all(&vec![5; len]).unwrap();
+        pipe
+    });
+    (release, released)
+}
+
 #[test]
 fn get_vring_base_waits_for_what_is_in_flight_and_signals_first() {
-    let (server, mut pipe) = Server::of_pipe(2, 1);
+    let (server, pipe) = Server::of_pipe(2, 1);
     let mut guest = Guest::new(server.connect(), 2, 0);
     guest.start();
     guest.read(0, 0, 0, 4096);
     std::thread::sleep(Duration::from_millis(50));
     while guest.queues[0].call.read().is_ok() {}
-    let release = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(700));
-        pipe.write_all(&[5; 4096]).unwrap();
-        pipe
-    });
-    let begun = Instant::now();
+    let (release, released) = release_late(pipe, 4096);
     assert_eq!(guest.front.get_vring_base(0).unwrap(), 1);
-    assert!(begun.elapsed() > Duration::from_millis(500));
+    assert!(released.load(Ordering::SeqCst), "it did not wait");
     assert!(guest.queues[0].call.read().is_ok(), "signalled before the reply");
     assert_eq!(guest.used(0), Some((0, 4097)));
     assert_eq!((guest.status(0), guest.data(0)[0]), (0, 5));
@@ -202,19 +212,14 @@ fn get_vring_base_waits_for_what_is_in_flight_and_signals_first() {
 
 #[test]
 fn disabling_a_ring_drains_it_and_enabling_finds_what_was_kicked_meanwhile() {
-    let (server, mut pipe) = Server::of_pipe(2, 2);
+    let (server, pipe) = Server::of_pipe(2, 2);
     let mut guest = Guest::new(server.connect(), 2, 0);
     guest.start();
     guest.read(0, 0, 0, 4096);
     std::thread::sleep(Duration::from_millis(50));
-    let release = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(300));
-        pipe.write_all(&[5; 4096]).unwrap();
-        pipe
-    });
-    let begun = Instant::now();
+    let (release, released) = release_late(pipe, 4096);
     guest.front.set_vring_enable(0, false).unwrap();
-    assert!(begun.elapsed() > Duration::from_millis(200));
+    assert!(released.load(Ordering::SeqCst), "it did not wait");
     assert_eq!(guest.used(0), Some((0, 4097)));
     let mut pipe = release.join().unwrap();
     pipe.write_all(&[6; 512]).unwrap();
@@ -247,20 +252,15 @@ fn a_kick_before_enable_and_a_call_fd_that_comes_late_lose_nothing() {
 
 #[test]
 fn memory_goes_only_when_nothing_uses_it() {
-    let (server, mut pipe) = Server::of_pipe(1, 1);
+    let (server, pipe) = Server::of_pipe(1, 1);
     let mut guest = Guest::new(server.connect(), 1, 0);
     guest.start();
     guest.read(0, 0, 0, 4096);
     std::thread::sleep(Duration::from_millis(50));
-    let release = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(300));
-        pipe.write_all(&[5; 4096 + 512]).unwrap();
-        pipe
-    });
-    let begun = Instant::now();
+    let (release, released) = release_late(pipe, 4096 + 512);
     let region = guest.region();
     guest.front.remove_mem_region(&region).unwrap();
-    assert!(begun.elapsed() > Duration::from_millis(200));
+    assert!(released.load(Ordering::SeqCst), "it did not wait");
     assert_eq!(guest.used(0), Some((0, 4097)));
     // No memory, no rings: the queue breaks, the session goes on, and so does the queue then.
     while guest.queues[0].call.read().is_ok() {}

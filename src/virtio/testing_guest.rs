@@ -19,11 +19,12 @@ use super::Memory;
 /// Descriptors of each ring.
 pub(crate) const QUEUE_SIZE: u16 = 64;
 /// How long anything may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Where things are in guest memory.
 const MEMORY: u64 = 4 << 20;
 const USER: u64 = 0x10_0000_0000;
+const RINGS: u64 = 0x28_0000;
 const HEADERS: u64 = 0x8_0000;
 const STATUS: u64 = 0x9_0000;
 const DATA: u64 = 0x10_0000;
@@ -71,11 +72,22 @@ impl Guest {
 
     /// Connects; no features are acknowledged yet.
     pub(crate) fn connect(stream: UnixStream, num_queues: usize) -> Self {
+        Self::connect_with(stream, num_queues, |front| {
+            let protocol = front.get_protocol_features().unwrap();
+            front.set_protocol_features(protocol & VhostUserProtocolFeatures::all()).unwrap();
+        })
+    }
+
+    /// The same; `protocol` acknowledges the protocol features.
+    pub(crate) fn connect_with(
+        stream: UnixStream,
+        num_queues: usize,
+        protocol: impl FnOnce(&mut Frontend),
+    ) -> Self {
         let mut front = Frontend::from_stream(stream, 64);
         front.set_owner().unwrap();
         front.get_features().unwrap();
-        let protocol = front.get_protocol_features().unwrap();
-        front.set_protocol_features(protocol & VhostUserProtocolFeatures::all()).unwrap();
+        protocol(&mut front);
         front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&fd, MEMORY).unwrap();
@@ -105,7 +117,7 @@ impl Guest {
     }
 
     fn ring(queue: usize) -> u64 {
-        0x1_0000 + 0x4000 * queue as u64
+        RINGS + 0x4000 * queue as u64
     }
 
     pub(crate) fn set_ring(&self, queue: usize, base: u16) {
@@ -153,6 +165,11 @@ impl Guest {
     pub(crate) fn describe(&self, queue: usize, index: u16, descriptor: Descriptor) {
         let at = Self::ring(queue) + 16 * u64::from(index);
         self.memory.write_obj(descriptor, GuestAddress(at)).unwrap();
+    }
+
+    pub(crate) fn descriptor(&self, queue: usize, index: u16) -> Descriptor {
+        let at = Self::ring(queue) + 16 * u64::from(index);
+        self.memory.read_obj(GuestAddress(at)).unwrap()
     }
 
     /// Puts a head into the available ring, without a kick.

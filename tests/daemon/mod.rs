@@ -12,7 +12,7 @@ pub(crate) const EXTENTD: &str = env!("CARGO_BIN_EXE_extentd");
 pub(crate) const EXTENTCTL: &str = env!("CARGO_BIN_EXE_extentctl");
 
 /// Longer than anything waited for here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A directory of the test's own.
 #[derive(Clone)]

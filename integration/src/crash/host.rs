@@ -27,8 +27,8 @@ const CANARY: usize = 512 << 10;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Flavour {
     pub(super) name: &'static str,
-    kind: Kind,
-    size: u64,
+    pub(super) kind: Kind,
+    pub(super) size: u64,
     mount: &'static str,
     /// What its power cuts may take. Without barriers a filesystem survives only a cache that keeps the order of writes: on any
     /// other its own metadata goes, and no daemon can help that.

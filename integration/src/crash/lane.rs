@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::host::{Flavour, Host, IMAGE};
 use super::ledger::{BLOCK_SECTORS, Fault, Floor, Ledger};
 use super::load::{DEPTH, Ended, FLUSH, Guest};
-use super::{Program, operations};
+use super::{Program, Tally, operations};
 use crate::rig::client::{Client, ClientOptions};
 use crate::rig::command::context;
 use crate::rig::daemon::Daemon;
@@ -36,21 +36,6 @@ pub(super) enum Crash {
     Cut,
     /// The daemon alone is killed.
     Kill,
-}
-
-/// What lanes have found so far.
-#[derive(Debug, Default)]
-pub(super) struct Tally {
-    pub(super) cuts: u64,
-    pub(super) kills: u64,
-    /// Sectors compared.
-    pub(super) checked: u64,
-    /// Sectors that were not what they had to be.
-    pub(super) lost: u64,
-    /// Kills with writes in flight on the disk when the next daemon was started.
-    pub(super) haunted: u64,
-    /// Flushes that guests were told are complete.
-    pub(super) flushes: u64,
 }
 
 /// How the guest is served, for a while.

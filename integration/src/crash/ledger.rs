@@ -19,7 +19,7 @@ pub(super) enum Content {
     Stamp,
     /// Zeros.
     Zero,
-    /// Zeros, or what was there before: a discard promises nothing.
+    /// Zeros in the whole blocks of the range; at its ends zeros, or what was there before.
     Discarded,
 }
 
@@ -134,9 +134,15 @@ impl Ledger {
     /// An operation on `range` is about to be sent; its version.
     pub(super) fn issue(&mut self, range: &Range<u64>, content: Content) -> u64 {
         self.version += 1;
-        let entry = Entry { version: self.version, content, done: None, durable: false };
-        for sector in self.sectors.get_mut(indices(range)).unwrap_or_default() {
-            sector.push(entry);
+        let whole =
+            range.start.next_multiple_of(BLOCK_SECTORS)..range.end / BLOCK_SECTORS * BLOCK_SECTORS;
+        let sectors = self.sectors.get_mut(indices(range)).unwrap_or_default();
+        for (number, sector) in (range.start..).zip(sectors) {
+            let content = match content {
+                Content::Discarded if whole.contains(&number) => Content::Zero,
+                content => content,
+            };
+            sector.push(Entry { version: self.version, content, done: None, durable: false });
         }
         self.version
     }

@@ -3,8 +3,10 @@
 //!
 //! Three hosts (ext4, ext4 without barriers, XFS) crash beside each other, each over and over: a guest that keeps a ledger of what it was
 //! promised writes through extentd, the power goes between two requests of the disk (or the daemon is killed with writes in
-//! flight), the next life begins on what the disk has kept, and all of the image is held against the ledger.
+//! flight), the next life begins on what the disk has kept, and all of the image is held against the ledger. Before that each
+//! has a canary, which must outlive a discard in the middle of a write.
 
+mod canary;
 mod host;
 mod lane;
 mod ledger;
@@ -21,8 +23,9 @@ use std::time::{Duration, SystemTime};
 use clap::ValueEnum;
 
 use self::host::{FLAVOURS, Flavour};
-use self::lane::{Crash, Lane, Tally};
+use self::lane::{Crash, Lane};
 use crate::rig::daemon::Daemon;
+use crate::rig::model::SECTOR;
 use crate::rig::program;
 use crate::rig::random::Random;
 use crate::sim::Mutant;
@@ -85,6 +88,31 @@ impl Program {
     }
 }
 
+/// What lanes have found so far.
+#[derive(Debug, Default)]
+struct Tally {
+    /// Canaries heard.
+    canaries: u64,
+    cuts: u64,
+    kills: u64,
+    /// Sectors compared.
+    checked: u64,
+    /// Sectors that were not what they had to be.
+    lost: u64,
+    /// Kills with writes in flight on the disk when the next daemon was started.
+    haunted: u64,
+    /// Flushes that guests were told are complete.
+    flushes: u64,
+}
+
+impl Tally {
+    /// Whether the dangers were met: kills with nothing in flight prove nothing, nor do guests that were promised nothing.
+    fn means_something(&self) -> bool {
+        let crashed = self.cuts + self.kills > 0;
+        self.canaries > 0 && (self.kills == 0 || self.haunted > 0) && (!crashed || self.flushes > 0)
+    }
+}
+
 /// Crashes hosts and daemons; whether all is as it must be.
 #[must_use]
 pub fn crash(options: &Options) -> bool {
@@ -97,7 +125,10 @@ pub fn crash(options: &Options) -> bool {
     let tally = Mutex::new(Tally::default());
     let result = Program::find(options).and_then(|program| all(options, seed, &program, &tally));
     let tally = tally.into_inner().unwrap_or_else(PoisonError::into_inner);
-    println!("crash: flushes={} kills_with_writes_in_flight={}", tally.flushes, tally.haunted);
+    println!(
+        "crash: canaries={} flushes={} kills_with_writes_in_flight={}",
+        tally.canaries, tally.flushes, tally.haunted
+    );
     if let Err(error) = &result {
         println!("{error}");
     }
@@ -106,7 +137,7 @@ pub fn crash(options: &Options) -> bool {
         tally.cuts, tally.kills, tally.checked, tally.lost
     );
     match options.mutant {
-        None => result.is_ok() && tally.lost == 0,
+        None => result.is_ok() && tally.lost == 0 && tally.means_something(),
         Some(mutant) => {
             let caught = tally.lost > 0;
             println!("crash: mutant {mutant:?}: {}", if caught { "caught" } else { "NOT CAUGHT" });
@@ -155,9 +186,11 @@ fn all(options: &Options, seed: u64, program: &Program, tally: &Mutex<Tally>) ->
             let (flavour, seed, crashes) = (*flavour, *seed, crashes.clone());
             let (stop, over) = (&stop, &over);
             scope.spawn(move || {
-                let result = Lane::make(flavour, seed, program, tally).and_then(|mut lane| {
-                    lane.run(&crashes, flavour.loss, || !stop.load(Ordering::SeqCst))
-                });
+                let result = hear(flavour, program, tally)
+                    .and_then(|()| Lane::make(flavour, seed, program, tally))
+                    .and_then(|mut lane| {
+                        lane.run(&crashes, flavour.loss, || !stop.load(Ordering::SeqCst))
+                    });
                 if result.is_err() {
                     stop.store(true, Ordering::SeqCst);
                 }
@@ -173,6 +206,19 @@ fn all(options: &Options, seed: u64, program: &Program, tally: &Mutex<Tally>) ->
         let results: Vec<io::Result<()>> = lanes.into_iter().map(join).collect();
         results.into_iter().collect()
     })
+}
+
+/// Listens to the canary of a host.
+fn hear(flavour: Flavour, program: &Program, tally: &Mutex<Tally>) -> io::Result<()> {
+    let lost = canary::canary(flavour, program)
+        .map_err(|error| io::Error::other(format!("{}: canary: {error}", flavour.name)))?;
+    let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+    tally.canaries += 1;
+    tally.lost += lost / SECTOR as u64;
+    if lost == 0 {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("{}: {lost} bytes of the canary were overwritten", flavour.name)))
 }
 
 /// Shows how far it is until all is `over`.

@@ -18,7 +18,7 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use super::command::{close, context};
 use super::queue::Queue;
-use super::wait;
+use super::wait::{self, PATIENCE};
 
 /// What a frontend asks for.
 #[derive(Debug, Clone)]
@@ -56,7 +56,7 @@ impl Default for ClientOptions {
             features: blk.bits() | ring.bits(),
             max_request: 256 << 10,
             depth: 32,
-            limit: Duration::from_secs(20),
+            limit: PATIENCE,
         }
     }
 }
@@ -175,18 +175,16 @@ impl std::fmt::Debug for Client {
 fn handshake(path: &Path, options: &ClientOptions) -> io::Result<Client> {
     let name = path.to_str().ok_or(io::ErrorKind::InvalidInput)?;
     let mut transport: Box<VirtioBlkTransport> =
-        wait::until("connecting", Duration::from_secs(5), || {
-            match VhostUser::new(name, options.features) {
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
-                    ) =>
-                {
-                    None
-                }
-                done => Some(done),
+        wait::until("connecting", PATIENCE, || match VhostUser::new(name, options.features) {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+                ) =>
+            {
+                None
             }
+            done => Some(done),
         })?
         .map(Box::new)
         .map_err(context("vhost-user handshake"))?;

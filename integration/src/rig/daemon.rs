@@ -14,10 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use super::command::{context, spawn};
-use super::wait;
-
-/// How long a server may take to start or to end.
-const LIMIT: Duration = Duration::from_secs(20);
+use super::wait::{self, PATIENCE};
 
 /// A server process, killed when dropped; it dies with the thread that started it.
 #[derive(Debug)]
@@ -93,7 +90,7 @@ impl Daemon {
     fn await_socket(&mut self, stale: Option<(u64, i64, i64)>) -> io::Result<()> {
         let socket = self.socket.clone();
         let mut ended = None;
-        wait::until("the daemon's socket", LIMIT, || {
+        wait::until("the daemon's socket", PATIENCE, || {
             ended = self.child.try_wait().ok().flatten();
             let there = identity(&socket).is_some_and(|now| Some(now) != stale);
             (ended.is_some() || there).then_some(())
@@ -132,9 +129,10 @@ impl Daemon {
 
     /// One request on the control socket; the reply's single line.
     pub fn control(&self, command: &str) -> io::Result<Value> {
-        let mut stream =
-            wait::until("the control socket", LIMIT, || UnixStream::connect(&self.control).ok())?;
-        stream.set_read_timeout(Some(LIMIT))?;
+        let mut stream = wait::until("the control socket", PATIENCE, || {
+            UnixStream::connect(&self.control).ok()
+        })?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         stream.write_all(format!("{{\"v\":1,\"cmd\":\"{command}\"}}\n").as_bytes())?;
         let mut line = String::new();
         BufReader::new(stream).read_line(&mut line)?;
@@ -182,7 +180,7 @@ impl Daemon {
     /// Asks it to end and waits for that.
     pub fn sigterm(&mut self) -> io::Result<ExitStatus> {
         self.signal(Signal::TERM)?;
-        self.wait(LIMIT)
+        self.wait(PATIENCE)
     }
 
     /// Waits for its end.
@@ -218,7 +216,7 @@ impl Drop for Daemon {
         if self.ended.is_some() {
             return;
         }
-        let killed = self.sigkill().and_then(|()| self.wait(LIMIT).map(drop));
+        let killed = self.sigkill().and_then(|()| self.wait(PATIENCE).map(drop));
         if let Err(error) = killed {
             eprintln!("daemon {}: {error}", self.child.id());
         }

@@ -135,10 +135,10 @@ impl Drop for FaultDisk {
         self.rules.clear();
         if let Some(session) = self.session.take() {
             let ended = thread::spawn(move || session.umount_and_join());
-            let limit = Duration::from_secs(5);
-            let joined = super::wait::until("unmounting the fault disk", limit, || {
-                ended.is_finished().then_some(())
-            });
+            let joined =
+                super::wait::until("unmounting the fault disk", super::wait::PATIENCE, || {
+                    ended.is_finished().then_some(())
+                });
             let result = match joined {
                 Ok(()) => ended.join().unwrap_or_else(|_| Err(io::Error::other("panicked"))),
                 Err(error) => Err(error),

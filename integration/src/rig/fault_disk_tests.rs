@@ -4,7 +4,6 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::fault_disk::{Cut, Event, FaultDisk, Loss, Operation, Piece, Platter, Rule, When};
 use super::model::{BLOCK, SECTOR, stamp, stamp_of};
@@ -163,7 +162,7 @@ fn a_write_in_flight_dies_with_the_power() {
     let (disk, file) = (Arc::new(disk), Arc::new(file));
     let held = Arc::clone(&file);
     let writer = std::thread::spawn(move || held.write_all_at(b"held", 0));
-    super::wait::until("the held write", Duration::from_secs(5), || {
+    super::wait::until("the held write", super::wait::PATIENCE, || {
         (disk.counts().in_flight > 0).then_some(())
     })
     .unwrap();

@@ -4,11 +4,10 @@
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use super::command::run;
 use super::disk::{Backing, LoopDisk};
-use super::wait;
+use super::wait::{self, PATIENCE};
 
 /// A filesystem type with the options a test is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,8 +94,23 @@ impl Mount {
 
     /// A tmpfs.
     pub fn tmpfs(target: &Path) -> io::Result<Mount> {
+        Mount::memory("tmpfs", target)
+    }
+
+    /// A ramfs: it has neither direct I/O nor `fallocate`.
+    pub fn ramfs(target: &Path) -> io::Result<Mount> {
+        Mount::memory("ramfs", target)
+    }
+
+    fn memory(kind: &str, target: &Path) -> io::Result<Mount> {
         let none = Path::new("none");
-        run("mount", &[Path::new("-t"), Path::new("tmpfs"), none, target])?;
+        run("mount", &[Path::new("-t"), Path::new(kind), none, target])?;
+        Ok(Mount { target: target.into(), mounted: true })
+    }
+
+    /// Another name for what is at `source`, a file or a directory.
+    pub fn bind(source: &Path, target: &Path) -> io::Result<Mount> {
+        run("mount", &[Path::new("--bind"), source, target])?;
         Ok(Mount { target: target.into(), mounted: true })
     }
 
@@ -132,13 +146,11 @@ impl Mount {
     pub fn unmount(&mut self) -> io::Result<()> {
         // A process that has just been killed may need a moment to let go of its files.
         let mut last = None;
-        let done = wait::until("umount", Duration::from_secs(5), || {
-            match run("umount", &[&self.target]) {
-                Ok(_) => Some(()),
-                Err(error) => {
-                    last = Some(error);
-                    None
-                }
+        let done = wait::until("umount", PATIENCE, || match run("umount", &[&self.target]) {
+            Ok(_) => Some(()),
+            Err(error) => {
+                last = Some(error);
+                None
             }
         });
         done.map_err(|_| last.unwrap_or_else(|| io::ErrorKind::TimedOut.into()))?;

@@ -6,7 +6,6 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::message::{
@@ -18,7 +17,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::command::context;
 use super::ring::{RING_MEMORY, Ring};
-use super::wait;
+use super::wait::{self, PATIENCE};
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -76,11 +75,10 @@ impl std::fmt::Debug for Frontend {
 }
 
 impl Frontend {
-    /// Connects without a word. A message not answered within 10 s is an error.
+    /// Connects without a word. A message that is never answered is an error.
     pub fn connect(path: &Path, rings: u16, size: u16) -> io::Result<Frontend> {
-        let stream =
-            wait::until("connecting", Duration::from_secs(5), || UnixStream::connect(path).ok())?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let stream = wait::until("connecting", PATIENCE, || UnixStream::connect(path).ok())?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         let len = u64::from(rings) * RING_MEMORY;
         let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
         file.set_len(len)?;

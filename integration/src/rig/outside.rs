@@ -8,13 +8,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
 use serde_json::Value;
 
 use super::command::{context, run};
 use super::daemon::Daemon;
+use super::wait::{PATIENCE, until};
 
 /// Bytes of disk a file takes, as `du` counts. Does not open it.
 pub fn allocated(path: &Path) -> io::Result<u64> {
@@ -39,6 +40,20 @@ pub fn get_in(path: &Path, limit: Duration) -> io::Result<Duration> {
     receive.recv_timeout(limit).unwrap_or_else(|_| {
         Err(io::Error::new(io::ErrorKind::TimedOut, format!("a reader waits for over {limit:?}")))
     })
+}
+
+/// The mtime of `path` once it has not changed for the time `calm`. Does not open it.
+pub fn still(path: &Path, calm: Duration) -> io::Result<SystemTime> {
+    let mtime = || std::fs::metadata(path)?.modified();
+    let (mut seen, mut since) = (mtime()?, Instant::now());
+    until("an mtime that stays", PATIENCE, || match mtime() {
+        Ok(now) if now != seen => {
+            (seen, since) = (now, Instant::now());
+            None
+        }
+        Ok(_) if since.elapsed() < calm => None,
+        done => Some(done),
+    })?
 }
 
 /// The states of `range` of the image that `daemon` serves, in order, as its map says; asked with the program `extentctl`.

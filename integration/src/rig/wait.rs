@@ -7,6 +7,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+/// Longer than anything that is waited for takes, on a machine that is busy with other things too: what is not there by
+/// then never comes.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
 /// Calls `ready` every few milliseconds until it answers, or fails after `limit` naming `what`.
 pub fn until<T>(
     what: &str,

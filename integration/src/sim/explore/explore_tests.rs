@@ -21,6 +21,12 @@ fn raw_io_that_nothing_waits_for_is_caught() {
 }
 
 #[test]
+fn a_discard_that_waits_for_nothing_kills_the_canary() {
+    let caught = explore(script("discard beside raw I/O"), Some(Mutant::NoDrain)).unwrap_err();
+    assert!(caught.what.contains("Canary"), "{caught:?}");
+}
+
+#[test]
 fn a_map_older_than_a_write_is_caught() {
     let caught =
         explore(script("copy on write beside a load"), Some(Mutant::NoGeneration)).unwrap_err();
