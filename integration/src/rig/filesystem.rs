@@ -95,8 +95,13 @@ impl Mount {
 
     /// A tmpfs.
     pub fn tmpfs(target: &Path) -> io::Result<Mount> {
+        Mount::of_kind("tmpfs", target)
+    }
+
+    /// A filesystem of type `kind` that needs no device.
+    pub fn of_kind(kind: &str, target: &Path) -> io::Result<Mount> {
         let none = Path::new("none");
-        run("mount", &[Path::new("-t"), Path::new("tmpfs"), none, target])?;
+        run("mount", &[Path::new("-t"), Path::new(kind), none, target])?;
         Ok(Mount { target: target.into(), mounted: true })
     }
 
