@@ -25,7 +25,10 @@ fn bench(out: &Path, options: &str) -> Value {
     let cli = Cli::try_parse_from(words.chain(out_option)).unwrap();
     // Its verdict is about figures that are nothing to go by here.
     let _ = run(cli.args);
-    serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap()
+    let text = std::fs::read_to_string(out.join("report.json")).unwrap();
+    let report: Value = serde_json::from_str(&text).unwrap();
+    assert!(rows(&report, "failures").is_empty(), "{report}");
+    report
 }
 
 fn rows<'a>(report: &'a Value, list: &str) -> &'a [Value] {

@@ -180,14 +180,26 @@ impl Bench {
                     pass.name(&self.plan),
                     device.name()
                 );
-                self.pass(&ground, pass)?;
+                let done = self.pass(&ground, pass);
+                self.survive(&pass.workload.name(), done)?;
             }
             for section in sections {
                 eprintln!("{}", section.name());
-                self.section(&ground, section)?;
+                let done = self.section(&ground, section);
+                self.survive(section.name(), done)?;
             }
         }
         self.finish()
+    }
+
+    /// What went wrong with one part is said at the end, and is no reason to lose the others'; an interruption is.
+    fn survive(&mut self, what: &str, done: io::Result<()>) -> io::Result<()> {
+        interrupt::check()?;
+        if let Err(error) = done {
+            eprintln!("{what}: {error}");
+            self.report.failures.push(format!("{what}: {error}"));
+        }
+        Ok(())
     }
 
     fn finish(mut self) -> io::Result<(String, bool)> {

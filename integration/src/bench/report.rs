@@ -205,6 +205,8 @@ pub(super) fn distribution(latencies: &Histogram) -> Vec<f64> {
 pub(super) struct Report {
     /// Where and how.
     pub(super) environment: Environment,
+    /// What could not be measured, and why.
+    pub(super) failures: Vec<String>,
     /// The verdict's parts.
     pub(super) checks: Vec<Check>,
     /// The figures.
@@ -228,6 +230,7 @@ impl Report {
     pub(super) fn new(environment: Environment) -> Report {
         Report {
             environment,
+            failures: Vec::new(),
             checks: Vec::new(),
             rows: Vec::new(),
             idle: Vec::new(),
@@ -285,6 +288,7 @@ impl Report {
             ("version", line(&VERSION)?),
             ("quantiles", line(&QUANTILES)?),
             ("environment", line(&self.environment)?),
+            ("failures", lines(&self.failures)?),
             ("checks", lines(&self.checks)?),
             ("rows", lines(&self.rows)?),
             ("idle", lines(&self.idle)?),

@@ -207,22 +207,16 @@ fn neighbour(report: &Report) -> Option<Spread> {
 
 /// The last line of the bench, and whether all is well. `whole`: everything was to be measured, and what was not is missing.
 pub(super) fn verdict(report: &Report, whole: bool) -> (String, bool) {
-    let bad: Vec<String> = report
-        .checks
-        .iter()
-        .filter_map(|check| match (check.verdict, check.value) {
-            (Verdict::Missed, Some(value)) => Some(format!(
-                "{} = {:.2} (must be {})",
-                check.name,
-                value.median,
-                check.must_text()
-            )),
-            (Verdict::NotMeasured, _) if whole && check.must.is_some() => {
-                Some(format!("{}: not measured", check.name))
-            }
-            _ => None,
-        })
-        .collect();
+    let missed = report.checks.iter().filter_map(|check| match (check.verdict, check.value) {
+        (Verdict::Missed, Some(value)) => {
+            Some(format!("{} = {:.2} (must be {})", check.name, value.median, check.must_text()))
+        }
+        (Verdict::NotMeasured, _) if whole && check.must.is_some() => {
+            Some(format!("{}: not measured", check.name))
+        }
+        _ => None,
+    });
+    let bad: Vec<String> = report.failures.iter().cloned().chain(missed).collect();
     if !bad.is_empty() {
         return (format!("bench: failed: {}", bad.join("; ")), false);
     }

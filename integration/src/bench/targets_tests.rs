@@ -88,6 +88,13 @@ fn what_was_not_measured_fails_a_whole_run_only() {
 }
 
 #[test]
+fn what_went_wrong_fails_any_run() {
+    let (report, line, ok) = judged(|r| r.failures.push("devices: too many".to_owned()));
+    assert!(!ok && line == "bench: failed: devices: too many", "{line}");
+    assert!(!verdict(&report, false).1);
+}
+
+#[test]
 fn the_figures_of_another_disk_are_not_judged() {
     let (report, ..) = judged(|r| {
         let mut slow = row(r, ExtentdDirect, Workload::READ_32).clone();
