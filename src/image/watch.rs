@@ -49,7 +49,8 @@ pub struct Watch {
 
 impl Watch {
     pub(super) fn new(image: Arc<Image>) -> io::Result<Self> {
-        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+        let flags = CreateFlags::NONBLOCK | CreateFlags::CLOEXEC;
+        let inotify = inotify::init(flags).map_err(not_made)?;
         if image.block_device.is_none() {
             // A change of size says MODIFY, the loss of a name ATTRIB.
             let what = WatchFlags::MODIFY | WatchFlags::ATTRIB | WatchFlags::DELETE_SELF;
@@ -98,6 +99,18 @@ impl Watch {
     }
 }
 
+/// The error names the fix: the kernel calls too many watches of a user "too many open files", and by default 128 daemons
+/// of one user are too many.
+fn not_made(error: Errno) -> io::Error {
+    if error == Errno::MFILE {
+        io::Error::other(
+            "too many inotify instances of this user or open files: raise the sysctl fs.inotify.max_user_instances",
+        )
+    } else {
+        error.into()
+    }
+}
+
 impl AsFd for Watch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.inotify.as_fd()
@@ -107,5 +120,16 @@ impl AsFd for Watch {
 impl AsRawFd for Watch {
     fn as_raw_fd(&self) -> RawFd {
         self.inotify.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_daemon_too_many_for_inotify_is_told_what_to_raise() {
+        assert!(not_made(Errno::MFILE).to_string().contains("fs.inotify.max_user_instances"));
+        assert_eq!(not_made(Errno::NOMEM).raw_os_error(), Some(libc::ENOMEM));
     }
 }

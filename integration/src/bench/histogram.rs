@@ -34,6 +34,14 @@ impl Histogram {
         self.total
     }
 
+    /// Adds what another one has counted.
+    pub(super) fn merge(&mut self, other: &Histogram) {
+        for (count, more) in self.counts.iter_mut().zip(&other.counts) {
+            *count += more;
+        }
+        self.total += other.total;
+    }
+
     /// Forgets everything; allocates nothing.
     pub(super) fn clear(&mut self) {
         self.counts.fill(0);
@@ -84,6 +92,17 @@ mod tests {
         assert_eq!(histogram.total(), 1_000_000);
         histogram.clear();
         assert_eq!((histogram.total(), histogram.quantile_us(0.5)), (0, 0.0));
+    }
+
+    #[test]
+    fn merged_they_count_everything() {
+        let (mut one, mut other) = (Histogram::default(), Histogram::default());
+        one.record(1000);
+        other.record(2000);
+        other.record(3000);
+        one.merge(&other);
+        assert_eq!(one.total(), 3);
+        assert!((one.quantile_us(0.5) / 2.0 - 1.0).abs() < 0.02);
     }
 
     #[test]

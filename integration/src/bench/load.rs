@@ -1,45 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The load every subject gets: a fixed number of 4 KiB requests in flight at random offsets, from one thread.
+//! The load every subject gets: a fixed number of requests in flight, all from one thread, whatever the number of queues.
 
 use std::io;
 use std::time::{Duration, Instant};
 
 use super::histogram::Histogram;
-use crate::rig::Random;
+use super::interrupt;
+use super::workload::{Request, Source, Workload};
 
-/// Bytes of every request.
-pub(super) const BLOCK: usize = 4096;
-/// The deepest queue of any workload.
-pub(super) const MAX_DEPTH: u16 = 128;
 /// No completion for so long is a hang.
 const HANG: Duration = Duration::from_secs(10);
-
-/// What is done to the disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Workload {
-    /// Writes instead of reads.
-    pub(super) write: bool,
-    /// Requests in flight.
-    pub(super) depth: u16,
-}
-
-impl Workload {
-    /// Those of the bench.
-    pub(super) const ALL: [Workload; 4] = [
-        Workload { write: false, depth: 1 },
-        Workload::READ_32,
-        Workload { write: true, depth: 32 },
-        Workload { write: false, depth: MAX_DEPTH },
-    ];
-    /// The one the bench's verdict rests on.
-    pub(super) const READ_32: Workload = Workload { write: false, depth: 32 };
-
-    /// Its name in the report, for example `randread-4k-qd32-q1`.
-    pub(super) fn name(self) -> String {
-        let kind = if self.write { "randwrite" } else { "randread" };
-        format!("{kind}-4k-qd{}-q1", self.depth)
-    }
-}
+/// Looks in vain before the clock is looked at.
+const LOOKS: u64 = 1 << 20;
 
 /// How long it runs.
 #[derive(Debug, Clone, Copy)]
@@ -50,10 +22,10 @@ pub(super) struct Timing {
     pub(super) measured: Duration,
 }
 
-/// Something that takes requests by slot number; a slot has a buffer of [`BLOCK`] bytes.
+/// Something that takes requests by slot number; a slot has a buffer of one block.
 pub(super) trait Disk {
-    /// Puts a request for the block at `offset` on the queue.
-    fn queue(&mut self, slot: u16, write: bool, offset: u64) -> io::Result<()>;
+    /// Puts a request on the queue.
+    fn queue(&mut self, slot: u16, request: Request) -> io::Result<()>;
     /// Sends what is queued.
     fn submit(&mut self) -> io::Result<()>;
     /// Appends the slots that have completed, after waiting for one if this disk is waited for; none means "look again".
@@ -63,35 +35,42 @@ pub(super) trait Disk {
 /// What one run came to.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Sample {
-    /// Requests per second.
-    pub(super) iops: f64,
-    /// Latency at the median, in microseconds.
-    pub(super) p50_us: f64,
-    /// At 99 %.
-    pub(super) p99_us: f64,
-    /// At 99.9 %.
-    pub(super) p999_us: f64,
-    /// Requests counted.
-    pub(super) requests: u64,
+    /// Latencies of the requests counted.
+    pub(super) latencies: Histogram,
+    /// Latencies of the flushes among them.
+    pub(super) flushes: Histogram,
     /// Seconds counted.
     pub(super) seconds: f64,
     /// Times the client looked for completions and found none, per request: near 0, it was the bottleneck.
     pub(super) idle_looks: f64,
 }
 
+impl Sample {
+    /// Requests counted.
+    pub(super) fn requests(&self) -> u64 {
+        self.latencies.total()
+    }
+
+    /// Requests per second.
+    pub(super) fn iops(&self) -> f64 {
+        if self.seconds > 0.0 { self.requests() as f64 / self.seconds } else { 0.0 }
+    }
+}
+
 /// A running load, with everything it needs allocated.
 struct Run<'a, D> {
     disk: &'a mut D,
-    workload: Workload,
-    blocks: u64,
-    random: Random,
+    source: Source,
     started: Vec<Instant>,
     latencies: Histogram,
+    flushes: Histogram,
     idle_looks: u64,
+    in_flight: usize,
     done: Vec<u16>,
 }
 
-/// Runs `workload` on a disk of `size` bytes; `mark` is called when counting begins and when it ends.
+/// Runs `workload` on a disk of `size` bytes; `mark` is called when counting begins and when it ends, the first time with
+/// nothing in flight.
 pub(super) fn run(
     disk: &mut impl Disk,
     workload: Workload,
@@ -99,46 +78,72 @@ pub(super) fn run(
     size: u64,
     mut mark: impl FnMut() -> io::Result<()>,
 ) -> io::Result<Sample> {
-    let depth = usize::from(workload.depth);
-    let mut run = Run {
-        disk,
-        workload,
-        blocks: size / BLOCK as u64,
-        random: Random::new(size ^ u64::from(workload.depth)),
-        started: vec![Instant::now(); depth],
-        latencies: Histogram::default(),
-        idle_looks: 0,
-        done: Vec::with_capacity(depth),
-    };
-    run.done.extend(0..workload.depth);
-    run.send(Instant::now())?;
-    run.until(Instant::now() + timing.warm_up)?;
+    let mut run = Run::new(disk, workload, size);
+    let end = Instant::now() + timing.warm_up;
+    run.until(workload, |_, now| now >= end)?;
+    run.drain()?;
     mark()?;
     run.latencies.clear();
+    run.flushes.clear();
     run.idle_looks = 0;
     let start = Instant::now();
-    run.until(start + timing.measured)?;
+    let end = start + timing.measured;
+    run.until(workload, |_, now| now >= end)?;
     let seconds = start.elapsed().as_secs_f64();
-    let requests = run.latencies.total();
+    let (latencies, flushes) = (run.latencies.clone(), run.flushes.clone());
+    let idle_looks = run.idle_looks as f64 / latencies.total().max(1) as f64;
     mark()?;
     run.drain()?;
-    Ok(Sample {
-        iops: requests as f64 / seconds,
-        p50_us: run.latencies.quantile_us(0.5),
-        p99_us: run.latencies.quantile_us(0.99),
-        p999_us: run.latencies.quantile_us(0.999),
-        requests,
-        seconds,
-        idle_looks: run.idle_looks as f64 / requests.max(1) as f64,
-    })
+    Ok(Sample { latencies, flushes, seconds, idle_looks })
 }
 
-impl<D: Disk> Run<'_, D> {
+/// Runs `workload` until `requests` of its requests have ended.
+pub(super) fn transfer(
+    disk: &mut impl Disk,
+    workload: Workload,
+    size: u64,
+    requests: u64,
+) -> io::Result<()> {
+    let mut run = Run::new(disk, workload, size);
+    run.until(workload, |run, _| run.latencies.total() >= requests)?;
+    run.drain()
+}
+
+/// Sends what is queued and waits until `waiting` requests have completed.
+pub(super) fn wait_for(
+    disk: &mut impl Disk,
+    waiting: usize,
+    done: &mut Vec<u16>,
+) -> io::Result<()> {
+    disk.submit()?;
+    let mut ended = 0;
+    while ended < waiting {
+        disk.reap(done)?;
+        ended += done.drain(..).count();
+    }
+    Ok(())
+}
+
+impl<'a, D: Disk> Run<'a, D> {
+    fn new(disk: &'a mut D, workload: Workload, size: u64) -> Run<'a, D> {
+        let slots = usize::from(workload.slots());
+        Run {
+            disk,
+            source: Source::new(workload, size),
+            started: vec![Instant::now(); slots],
+            latencies: Histogram::default(),
+            flushes: Histogram::default(),
+            idle_looks: 0,
+            in_flight: 0,
+            done: Vec::with_capacity(slots),
+        }
+    }
+
     /// Gives every slot in `done` a new request, as one batch.
     fn send(&mut self, now: Instant) -> io::Result<()> {
         for slot in self.done.drain(..) {
-            let offset = self.random.below(self.blocks) * BLOCK as u64;
-            self.disk.queue(slot, self.workload.write, offset)?;
+            self.disk.queue(slot, self.source.next(slot))?;
+            self.in_flight += 1;
             if let Some(started) = self.started.get_mut(usize::from(slot)) {
                 *started = now;
             }
@@ -158,38 +163,55 @@ impl<D: Disk> Run<'_, D> {
             self.idle_looks += 1;
             looks += 1;
             std::hint::spin_loop();
-            if looks.is_multiple_of(1 << 20)
+            if looks.is_multiple_of(LOOKS)
                 && since.get_or_insert_with(Instant::now).elapsed() > HANG
             {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "requests are not answered"));
             }
         }
         let now = Instant::now();
+        self.in_flight = self.in_flight.saturating_sub(self.done.len());
         for slot in &self.done {
-            if let Some(started) = self.started.get(usize::from(*slot)) {
-                let nanos = now.saturating_duration_since(*started).as_nanos();
-                self.latencies.record(u64::try_from(nanos).unwrap_or(u64::MAX));
+            let Some(started) = self.started.get(usize::from(*slot)) else { continue };
+            let nanos = now.saturating_duration_since(*started).as_nanos();
+            let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
+            let request = self.source.doing(*slot);
+            if request == Request::Flush {
+                self.flushes.record(nanos);
+            } else if self.source.counts(request) {
+                self.latencies.record(nanos);
             }
         }
         Ok(now)
     }
 
-    fn until(&mut self, end: Instant) -> io::Result<()> {
+    /// From nothing in flight to everything, until `end`.
+    fn until(
+        &mut self,
+        workload: Workload,
+        mut end: impl FnMut(&Self, Instant) -> bool,
+    ) -> io::Result<()> {
+        self.done.extend(0..workload.slots());
+        self.send(Instant::now())?;
         loop {
             let now = self.receive()?;
-            self.send(now)?;
-            if now >= end {
-                return Ok(());
+            if end(self, now) || interrupt::asked() {
+                self.done.clear();
+                return interrupt::check();
             }
+            self.send(now)?;
         }
     }
 
     fn drain(&mut self) -> io::Result<()> {
-        let mut in_flight = usize::from(self.workload.depth);
-        while in_flight > 0 {
+        while self.in_flight > 0 {
             self.receive()?;
-            in_flight -= self.done.drain(..).count();
+            self.done.clear();
         }
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "load_tests.rs"]
+mod load_tests;

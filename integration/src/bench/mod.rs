@@ -3,38 +3,63 @@
 //!
 //! Subjects take turns within a round and the order turns round from one round to the next, so that a machine that is busy
 //! with something else for a while spoils a round for all of them; what counts is the median of the rounds' ratios.
+//!
+//! | part | duty |
+//! |---|---|
+//! | `plan` | what is measured, and for how long |
+//! | `ground`, `subject` | disks, images and servers |
+//! | `workload`, `load` | which requests, and the loop that keeps them in flight |
+//! | `guest`, `native` | where they go: a virtqueue, or an io_uring of the client's own |
+//! | `measure`, `usage`, `syscalls` | one run, and what it cost the server |
+//! | `sections` | what is no workload |
+//! | `report`, `targets` | the figures, and what they must be |
+//! | `table`, `chart`, `plots`, `page` | how people see them |
 
+mod chart;
+mod ground;
 mod guest;
 mod histogram;
+mod interrupt;
 mod load;
+mod measure;
 mod native;
-mod opening;
+mod page;
+mod plan;
+mod plots;
 mod report;
+mod sections;
 mod stats;
 mod subject;
 mod syscalls;
+mod table;
+mod targets;
+mod usage;
+mod workload;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use self::ground::{Ground, Programs};
 use self::guest::Wait;
-use self::load::{Timing, Workload};
-use self::report::{Environment, IdleRow, Report, Row};
-use self::subject::{Bed, Device, Outcome, Subject};
+use self::load::Timing;
+use self::measure::{Outcome, Trial};
+use self::plan::{Pass, Plan, Section};
+use self::report::{Environment, Report, Row};
+use self::subject::{Device, Subject};
 use crate::rig::command::{context, run as run_tool};
 use crate::rig::program;
 
 /// Options of `integration bench`.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
-    /// Three rounds of one second instead of five of two
+    /// Only what has a target, and shorter: under three minutes
     #[arg(long)]
     quick: bool,
-    /// Write report.json into this directory
+    /// Write report.json, report.md and the plots into this directory
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// The extentd to measure [default: the workspace's, built in release]
@@ -43,24 +68,24 @@ pub struct BenchArgs {
     /// Another extentd, measured in the same rounds as the subject extentd-against
     #[arg(long, value_name = "PROGRAM")]
     against: Option<PathBuf>,
-    /// Rounds
+    /// Rounds [default: 5 where there are targets, 3 elsewhere]
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
-    /// Seconds measured per round, workload and subject
+    /// Seconds measured per round, workload and subject [default: 2 where there are targets, 1 elsewhere]
     #[arg(long, value_name = "S")]
     seconds: Option<f64>,
     /// Only these subjects
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST")]
     subjects: Vec<Subject>,
-    /// Only workloads whose name contains this, for example qd32
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    workload: String,
-    /// What the disk is made of
-    #[arg(long, value_enum, default_value = "tmpfs-loop")]
-    device: Device,
-    /// How the client waits for completions
-    #[arg(long, value_enum, default_value = "poll")]
-    client: Wait,
+    /// Only workloads and sections whose name contains one of these, for example qd32,idle; `?` lists them
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    workload: Vec<String>,
+    /// Only on this kind of disk [default: most on tmpfs-loop, what has a target also on disk-loop]
+    #[arg(long, value_enum)]
+    device: Option<Device>,
+    /// How the client waits for completions [default: poll, what has a target also event]
+    #[arg(long, value_enum)]
+    client: Option<Wait>,
     /// Size of the image in MiB
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     size: u64,
@@ -68,6 +93,10 @@ pub struct BenchArgs {
 
 /// Runs the bench; fails when a figure is not what it must be.
 pub fn run(args: BenchArgs) -> ExitCode {
+    if args.workload.iter().any(|name| name == "?") {
+        Plan::names().iter().for_each(|name| println!("{name}"));
+        return ExitCode::SUCCESS;
+    }
     match Bench::prepare(args).and_then(Bench::run) {
         Ok((line, ok)) => {
             println!("{line}");
@@ -81,125 +110,207 @@ pub fn run(args: BenchArgs) -> ExitCode {
 }
 
 struct Bench {
-    args: BenchArgs,
-    bed: Bed,
-    subjects: Vec<Subject>,
-    workloads: Vec<Workload>,
-    rounds: usize,
-    timing: Timing,
+    plan: Plan,
+    programs: Programs,
+    size: u64,
+    out: Option<PathBuf>,
+    started: Instant,
     report: Report,
 }
 
 impl Bench {
     fn prepare(args: BenchArgs) -> io::Result<Bench> {
-        let all = <Subject as clap::ValueEnum>::value_variants();
-        let wanted = |subject: &&Subject| match subject {
-            // Naming the program is asking for it.
-            Subject::ExtentdAgainst => args.against.is_some(),
-            _ => args.subjects.is_empty() || args.subjects.contains(subject),
-        };
-        let subjects: Vec<Subject> = all.iter().filter(wanted).copied().collect();
-        let workloads: Vec<Workload> =
-            Workload::ALL.into_iter().filter(|w| w.name().contains(&args.workload)).collect();
-        if workloads.is_empty() {
-            let names: Vec<String> = Workload::ALL.iter().map(|w| w.name()).collect();
-            return Err(io::Error::other(format!("the workloads are {}", names.join(", "))));
-        }
-        let peer = if subjects.contains(&Subject::QemuStorageDaemon) {
+        let plan = Plan::new(&args)?;
+        interrupt::listen()?;
+        let peer = if plan.subjects.contains(&Subject::QemuStorageDaemon) {
             subject::peer_version()?
         } else {
             String::new()
         };
-        let rounds = args.rounds.unwrap_or(if args.quick { 3 } else { 5 });
-        let measured = positive(args.seconds.unwrap_or(if args.quick { 1.0 } else { 2.0 }))?;
-        let program = match &args.extentd {
+        let extentd = match &args.extentd {
             Some(program) => program.clone(),
             None => program::build()?,
         };
         let size = args.size << 20;
-        let bed = Bed::make(&program, args.against.as_deref(), args.device, size)?;
         let environment = Environment {
             kernel: run_tool("uname", &["-r"])?.trim().to_owned(),
             cpu: cpu(),
             cpus: std::thread::available_parallelism()?.get(),
+            client_cpu: measure::client_cpu()?,
+            memory_bytes: usage::memory_bytes(),
             qemu_storage_daemon: peer,
-            extentd: version(&program),
+            extentd: version(&extentd),
             against: args.against.as_deref().map(version),
+            filesystem: "ext4",
+            device: plan.device.name(),
             image_bytes: size,
-            rounds,
-            seconds: measured.as_secs_f64(),
-            client: format!("{:?}", args.client).to_lowercase(),
+            rounds: plan.targets.rounds,
+            seconds: plan.targets.timing.measured.as_secs_f64(),
+            client: plan.wait.name(),
             load_average: [load_average(), 0.0],
+            ..Environment::default()
         };
-        let timing = Timing { warm_up: measured.mul_f64(0.2), measured };
+        let programs = Programs { extentd, against: args.against };
         let report = Report::new(environment);
-        Ok(Bench { args, bed, subjects, workloads, rounds, timing, report })
+        Ok(Bench { plan, programs, size, out: args.out, started: Instant::now(), report })
     }
 
     fn run(mut self) -> io::Result<(String, bool)> {
-        for workload in self.workloads.clone() {
-            self.workload(workload)?;
-        }
-        self.report.compare();
-        if self.subjects.contains(&Subject::ExtentdDirect) {
-            let repeats = if self.args.quick { 9 } else { 21 };
-            self.report.opening = Some(opening::opening(&self.bed, repeats)?.into());
-        }
-        for subject in self.subjects.clone() {
-            let time = Duration::from_secs(2);
-            if let Some(idle) = opening::idle(&self.bed, subject, time, self.args.client)? {
-                self.report.idle.push(IdleRow::new(subject, idle));
+        for device in [Device::TmpfsLoop, Device::DiskLoop] {
+            let passes: Vec<Pass> =
+                self.plan.passes.iter().filter(|pass| pass.device == device).copied().collect();
+            let sections: Vec<Section> = self
+                .plan
+                .sections
+                .iter()
+                .filter(|s| self.plan.place_of(**s) == device)
+                .copied()
+                .collect();
+            if passes.is_empty() && sections.is_empty() {
+                continue;
+            }
+            eprintln!("{}: making disks and images", device.name());
+            let size = self.plan.image_size(device, self.size);
+            let ground = Ground::make(self.programs.clone(), device, size)?;
+            for (index, pass) in passes.iter().enumerate() {
+                eprintln!(
+                    "{} of {}: {} on {}",
+                    index + 1,
+                    passes.len(),
+                    pass.name(&self.plan),
+                    device.name()
+                );
+                let done = self.pass(&ground, pass);
+                self.survive(&pass.workload.name(), done)?;
+            }
+            for section in sections {
+                eprintln!("{}", section.name());
+                let done = self.section(&ground, section);
+                self.survive(section.name(), done)?;
             }
         }
-        self.report.judge();
-        let [before, _] = self.report.environment.load_average;
-        self.report.environment.load_average = [before, load_average()];
-        print!("{}", self.report.table());
-        if let Some(dir) = &self.args.out {
-            self.report.write(dir).map_err(context(dir.display()))?;
+        self.finish()
+    }
+
+    /// What went wrong with one part is said at the end, and is no reason to lose the others'; an interruption is.
+    fn survive(&mut self, what: &str, done: io::Result<()>) -> io::Result<()> {
+        interrupt::check()?;
+        if let Err(error) = done {
+            eprintln!("{what}: {error}");
+            self.report.failures.push(format!("{what}: {error}"));
         }
-        let whole = self.args.subjects.is_empty() && self.args.workload.is_empty();
-        Ok(self.report.verdict(whole))
+        Ok(())
+    }
+
+    fn finish(mut self) -> io::Result<(String, bool)> {
+        self.report.compare();
+        self.report.note_disturbance();
+        self.report.checks = targets::checks(&self.report);
+        let environment = &mut self.report.environment;
+        environment.load_average = [environment.load_average[0], load_average()];
+        environment.minutes = self.started.elapsed().as_secs_f64() / 60.0;
+        let (line, ok) = targets::verdict(&self.report, self.plan.whole);
+        for table in table::tables(&self.report) {
+            println!("{}", table.text());
+        }
+        println!("* the client was at its limit: a faster server would have shown little of it");
+        if let Some(dir) = &self.out {
+            write(&self.report, &line, dir).map_err(context(dir.display()))?;
+        }
+        Ok((line, ok))
     }
 
     /// All rounds of one workload, each over all subjects.
-    fn workload(&mut self, workload: Workload) -> io::Result<()> {
+    fn pass(&mut self, ground: &Ground, pass: &Pass) -> io::Result<()> {
+        let subjects = self.plan.subjects.iter().filter(|subject| pass.workload.suits(**subject));
         let mut outcomes: Vec<(Subject, Vec<Outcome>)> =
-            self.subjects.iter().map(|subject| (*subject, Vec::new())).collect();
-        for round in 0..self.rounds {
-            eprintln!("{}: round {} of {}", workload.name(), round + 1, self.rounds);
+            subjects.map(|subject| (*subject, Vec::new())).collect();
+        for _ in 0..pass.effort.rounds {
             outcomes.reverse();
             for (subject, results) in &mut outcomes {
-                let result = self.bed.measure(*subject, workload, self.timing, self.args.client);
-                results.push(result.map_err(context(format!(
-                    "{}: {}",
-                    subject.name(),
-                    workload.name()
-                )))?);
+                interrupt::check()?;
+                let what = || format!("{}: {}", subject.name(), pass.workload.name());
+                let image = ground.image_for(pass.workload)?;
+                let trial = pass.trial(*subject, &image);
+                results.push(ground.measure_on(&trial).map_err(context(what()))?);
             }
         }
         outcomes.sort_by_key(|(subject, _)| *subject);
-        let short =
-            Timing { warm_up: Duration::from_millis(100), measured: Duration::from_millis(400) };
         for (subject, results) in &outcomes {
-            let mut row = Row::new(*subject, workload, self.args.device.name(), results);
-            row.syscalls_per_io =
-                self.bed.syscalls_per_io(*subject, workload, short, self.args.client)?;
+            let mut row = Row::new(*subject, pass.workload, pass.device, results);
+            row.workload = pass.name(&self.plan);
+            if subject.has_server() {
+                let image = ground.image_for(pass.workload)?;
+                let trial = Trial { timing: COUNTING, ..pass.trial(*subject, &image) };
+                row.syscalls_per_io = ground.syscalls_per_io(&trial)?;
+            }
             self.report.rows.push(row);
+        }
+        Ok(())
+    }
+
+    fn section(&mut self, ground: &Ground, section: Section) -> io::Result<()> {
+        let (report, plan) = (&mut self.report, &self.plan);
+        let servers = || plan.subjects.iter().filter(|subject| subject.has_server());
+        let timing = plan.others.timing;
+        match section {
+            Section::Opening => {
+                report.opening = Some(sections::opening(ground, if plan.quick { 9 } else { 21 })?);
+            }
+            Section::Idle => {
+                let time = Duration::from_secs(if plan.quick { 1 } else { 2 });
+                for subject in servers() {
+                    report.idle.extend(sections::idle(ground, *subject, time, plan.wait)?);
+                }
+            }
+            Section::PageCache => {
+                for subject in servers() {
+                    report.page_cache.extend(sections::page_cache(ground, *subject)?);
+                }
+            }
+            Section::Extents => {
+                // Of 4 GiB: a thousand extents, thirty thousand, a million.
+                let pieces: &[u64] = if plan.quick { &[4096] } else { &[4 << 20, 140 << 10, 4096] };
+                let rounds = plan.targets.rounds;
+                report.extents = sections::extents(ground, pieces, rounds, timing, plan.wait)?;
+            }
+            Section::Devices => {
+                let numbers: &[usize] = if plan.quick { &[1, 30] } else { &[1, 10, 100, 300] };
+                let own = Subject::ExtentdDirect;
+                report.devices = sections::devices(ground, own, numbers, timing)?;
+                report.devices.extend(sections::devices_in_one(ground, &[300], timing)?);
+                if !plan.quick && plan.subjects.contains(&Subject::QemuStorageDaemon) {
+                    let peer = Subject::QemuStorageDaemon;
+                    report.devices.extend(sections::devices(ground, peer, &[1, 10, 100], timing)?);
+                }
+            }
+            Section::Neighbour => {
+                let time = Duration::from_secs(if plan.quick { 2 } else { 4 });
+                let rounds = plan.others.rounds;
+                report.neighbour = sections::neighbour(ground, rounds, time)?;
+            }
         }
         Ok(())
     }
 }
 
-fn version(program: &Path) -> String {
-    run_tool(&program.to_string_lossy(), &["--version"]).unwrap_or_default().trim().to_owned()
+/// Counting system calls needs no precision.
+const COUNTING: Timing =
+    Timing { warm_up: Duration::from_millis(100), measured: Duration::from_millis(300) };
+
+/// Everything that is to be kept, into `dir`.
+fn write(report: &Report, verdict: &str, dir: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(dir)?;
+    let plots = plots::plots(report)?;
+    for plot in &plots {
+        std::fs::write(dir.join(plot.file), &plot.svg)?;
+    }
+    std::fs::write(dir.join("report.json"), report.json()?)?;
+    std::fs::write(dir.join("report.md"), page::page(report, verdict, &plots))
 }
 
-fn positive(seconds: f64) -> io::Result<Duration> {
-    match Duration::try_from_secs_f64(seconds) {
-        Ok(time) if !time.is_zero() => Ok(time),
-        _ => Err(io::Error::other("--seconds must be more than 0")),
-    }
+fn version(program: &Path) -> String {
+    run_tool(&program.to_string_lossy(), &["--version"]).unwrap_or_default().trim().to_owned()
 }
 
 fn load_average() -> f64 {

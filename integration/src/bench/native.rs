@@ -9,24 +9,32 @@ use std::path::Path;
 
 use io_uring::{IoUring, opcode, types};
 use rustix::fs::OFlags;
-use vm_memory::MmapRegion;
+use vm_memory::{MmapRegion, VolatileMemory};
 
 use super::guest::Wait;
-use super::load::{BLOCK, Disk, MAX_DEPTH};
+use super::load::Disk;
+use super::workload::{Request, Workload};
+use crate::rig::Random;
 use crate::rig::command::context;
 
-/// An open file or device with its ring.
+const FILE: types::Fixed = types::Fixed(0);
+const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// An open file or device with its ring. There are no queues here: the requests of all share the one ring.
 pub(super) struct Native {
     /// First: no request is in flight any more when the memory goes.
     ring: IoUring,
     memory: MmapRegion,
+    block: u32,
+    /// What each slot's completion has to say.
+    expected: Vec<u32>,
     wait: Wait,
     _file: File,
 }
 
 impl Native {
     /// Opens `path` with O_DIRECT. To be called on the thread that will use it: the ring takes requests from one thread only.
-    pub(super) fn open(path: &Path, wait: Wait) -> io::Result<Native> {
+    pub(super) fn open(path: &Path, workload: Workload, wait: Wait) -> io::Result<Native> {
         let direct = OFlags::DIRECT.bits().cast_signed();
         let file = OpenOptions::new()
             .read(true)
@@ -34,29 +42,49 @@ impl Native {
             .custom_flags(direct)
             .open(path)
             .map_err(context(path.display()))?;
+        let slots = usize::from(workload.slots());
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
-            .build(u32::from(MAX_DEPTH))?;
+            .build(u32::from(workload.slots()).next_power_of_two())?;
         ring.submitter().register_files(&[file.as_raw_fd()])?;
-        let memory = MmapRegion::new(BLOCK * usize::from(MAX_DEPTH)).map_err(io::Error::other)?;
-        Ok(Native { ring, memory, wait, _file: file })
+        let block = usize::try_from(workload.block).map_err(io::Error::other)?;
+        let memory = MmapRegion::new(block * slots).map_err(io::Error::other)?;
+        fill_buffers(&memory);
+        let expected = vec![0; slots];
+        Ok(Native { ring, memory, block: workload.block, expected, wait, _file: file })
     }
 }
 
+/// What is written is not all zeros, which a disk may treat as a case of its own.
+pub(super) fn fill_buffers(memory: &MmapRegion) {
+    memory.as_volatile_slice().copy_from(&Random::new(1).bytes(memory.size()));
+}
+
 impl Disk for Native {
-    fn queue(&mut self, slot: u16, write: bool, offset: u64) -> io::Result<()> {
-        let buffer = self.memory.as_ptr().wrapping_add(usize::from(slot) * BLOCK);
-        if slot >= MAX_DEPTH {
+    fn queue(&mut self, slot: u16, request: Request) -> io::Result<()> {
+        let Some(expected) = self.expected.get_mut(usize::from(slot)) else {
             return Err(io::ErrorKind::InvalidInput.into());
-        }
-        let len = u32::try_from(BLOCK).map_err(io::Error::other)?;
-        let entry = if write {
-            opcode::Write::new(types::Fixed(0), buffer, len).offset(offset).build()
-        } else {
-            opcode::Read::new(types::Fixed(0), buffer, len).offset(offset).build()
         };
+        let start = usize::from(slot) * self.block as usize;
+        let buffer = self.memory.as_ptr().wrapping_add(start);
+        let (entry, result) = match request {
+            Request::Write(offset) => {
+                (opcode::Write::new(FILE, buffer, self.block).offset(offset).build(), self.block)
+            }
+            Request::Read(offset) => {
+                (opcode::Read::new(FILE, buffer, self.block).offset(offset).build(), self.block)
+            }
+            Request::Discard(offset) => {
+                let punch = opcode::Fallocate::new(FILE, self.block.into());
+                (punch.offset(offset).mode(PUNCH_HOLE).build(), 0)
+            }
+            Request::Flush => {
+                (opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(), 0)
+            }
+        };
+        *expected = result;
         let entry = entry.user_data(u64::from(slot));
         // SAFETY: `buffer` is slot `slot` of `self.memory`, which outlives the ring; only this request uses it.
         unsafe { self.ring.submission().push(&entry) }.map_err(io::Error::other)
@@ -68,7 +96,7 @@ impl Disk for Native {
     }
 
     fn reap(&mut self, done: &mut Vec<u16>) -> io::Result<()> {
-        let want = usize::from(self.wait == Wait::Block);
+        let want = usize::from(self.wait == Wait::Event);
         let entered = {
             let queue = self.ring.submission();
             // Polling enters the kernel only with something to submit, or when it says that completions are to be had.
@@ -82,8 +110,10 @@ impl Disk for Native {
             Err(error) => return Err(error),
         }
         for entry in self.ring.completion() {
-            match usize::try_from(entry.result()) {
-                Ok(BLOCK) => done.push(u16::try_from(entry.user_data()).unwrap_or(u16::MAX)),
+            let slot = u16::try_from(entry.user_data()).unwrap_or(u16::MAX);
+            let expected = self.expected.get(usize::from(slot)).copied();
+            match u32::try_from(entry.result()) {
+                Ok(result) if Some(result) == expected => done.push(slot),
                 Ok(short) => {
                     return Err(io::Error::other(format!("short transfer: {short} bytes")));
                 }

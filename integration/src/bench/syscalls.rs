@@ -7,15 +7,23 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{FromRawFd, RawFd};
 
-/// Where the tracepoint's number is, if tracing is mounted.
-const IDS: [&str; 2] = [
-    "/sys/kernel/tracing/events/raw_syscalls/sys_enter/id",
-    "/sys/kernel/debug/tracing/events/raw_syscalls/sys_enter/id",
-];
+/// Where the kernel's tracing is to be mounted.
+pub(super) const TRACING: &str = "/sys/kernel/tracing";
+/// Where the tracepoint's number is, below that.
+const ID: &str = "events/raw_syscalls/sys_enter/id";
 const PERF_TYPE_TRACEPOINT: u64 = 2;
 const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
 /// Bytes of the first published `perf_event_attr`, which has all that a plain counter needs.
 const ATTR_SIZE: u64 = 64;
+
+/// Whether the tracepoint is there.
+pub(super) fn available() -> bool {
+    tracepoint().is_some()
+}
+
+fn tracepoint() -> Option<u64> {
+    std::fs::read_to_string(format!("{TRACING}/{ID}")).ok()?.trim().parse().ok()
+}
 
 /// A running counter over the threads a process had when it was made.
 #[derive(Debug)]
@@ -24,8 +32,7 @@ pub(super) struct Counter(Vec<File>);
 impl Counter {
     /// Starts counting; `None` where the kernel or the system's settings do not let us.
     pub(super) fn start(pid: u32) -> Option<Counter> {
-        let id = IDS.iter().find_map(|path| std::fs::read_to_string(path).ok())?;
-        let id = id.trim().parse().ok()?;
+        let id = tracepoint()?;
         let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
         let ids = threads.flatten().filter_map(|t| t.file_name().to_str()?.parse().ok());
         let counters: io::Result<Vec<File>> = ids.map(|thread| open(id, thread)).collect();

@@ -56,7 +56,7 @@ impl Daemon {
     pub fn start_peer(dir: &Path, image: &Path, queues: u16) -> io::Result<Daemon> {
         let socket = dir.join("blk.sock");
         let blockdev = format!(
-            "driver=file,filename={},node-name=n,cache.direct=on,aio=io_uring",
+            "driver=file,filename={},node-name=n,cache.direct=on,aio=io_uring,discard=unmap",
             image.display()
         );
         let export = format!(

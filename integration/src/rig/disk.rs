@@ -20,6 +20,8 @@ pub enum Backing {
     HostDisk,
     /// An existing file, used with direct I/O (see [`super::FaultDisk`]).
     File(PathBuf),
+    /// An existing file, used through the page cache, as `losetup` does by default.
+    Buffered(PathBuf),
 }
 
 /// A loop device with autoclear; detached when this and its last mount are gone.
@@ -34,7 +36,7 @@ pub struct LoopDisk {
 impl LoopDisk {
     /// Attaches a disk of `size` bytes with sectors of `sector` (512 or 4096) bytes.
     ///
-    /// `size` is ignored for [`Backing::File`].
+    /// `size` is ignored for existing files.
     pub fn attach(size: u64, sector: u32, backing: &Backing) -> io::Result<LoopDisk> {
         let (file, direct) = match backing {
             Backing::Memory => {
@@ -45,9 +47,10 @@ impl LoopDisk {
                 (Some(sized(open("/var/tmp", flags, Mode::RUSR | Mode::WUSR)?, size)?), true)
             }
             Backing::File(_) => (None, true),
+            Backing::Buffered(_) => (None, false),
         };
         let source = match (backing, &file) {
-            (Backing::File(path), _) => path.clone(),
+            (Backing::File(path) | Backing::Buffered(path), _) => path.clone(),
             (_, Some(file)) => {
                 format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()
             }

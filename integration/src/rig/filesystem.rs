@@ -94,15 +94,16 @@ impl Mount {
 
     /// A tmpfs.
     pub fn tmpfs(target: &Path) -> io::Result<Mount> {
-        Mount::memory("tmpfs", target)
+        Mount::of_kind("tmpfs", target)
     }
 
     /// A ramfs: it has neither direct I/O nor `fallocate`.
     pub fn ramfs(target: &Path) -> io::Result<Mount> {
-        Mount::memory("ramfs", target)
+        Mount::of_kind("ramfs", target)
     }
 
-    fn memory(kind: &str, target: &Path) -> io::Result<Mount> {
+    /// A filesystem of type `kind` that needs no device.
+    pub fn of_kind(kind: &str, target: &Path) -> io::Result<Mount> {
         let none = Path::new("none");
         run("mount", &[Path::new("-t"), Path::new(kind), none, target])?;
         Ok(Mount { target: target.into(), mounted: true })

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What it costs that an image is in pieces.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::path::Path;
+
+use rustix::fs::{FallocateFlags, fallocate};
+use serde::Serialize;
+
+use crate::bench::ground::{Ground, Image, fill};
+use crate::bench::guest::Wait;
+use crate::bench::interrupt;
+use crate::bench::load::Timing;
+use crate::bench::measure::{Outcome, Trial};
+use crate::bench::report::distribution;
+use crate::bench::stats::{Spread, median};
+use crate::bench::subject::Subject;
+use crate::bench::usage::available_bytes;
+use crate::bench::workload::Workload;
+use crate::rig::image::extents as count;
+use crate::rig::{Backing, Filesystem, Kind};
+
+/// An image in pieces is so much larger than the ground's image: 4 GiB, which are 2^20 blocks, where that has 1 GiB.
+const TIMES: u64 = 4;
+/// Memory that stays free for others.
+const SPARE: u64 = 2 << 30;
+const BLOCK: u64 = 4096;
+
+/// Random reads of an image in so many pieces, beside those of an image in as few as can be.
+#[derive(Debug, Clone, Serialize)]
+pub(in crate::bench) struct ExtentsRow {
+    /// Extents of the image, as the filesystem counts them.
+    pub(in crate::bench) extents: u64,
+    /// Requests per second.
+    pub(in crate::bench) iops: f64,
+    /// 99 % latency in microseconds.
+    pub(in crate::bench) p99_us: f64,
+    /// Latencies at the report's `quantiles`.
+    pub(in crate::bench) latency_us: Vec<f64>,
+    /// Server CPU per request in microseconds.
+    pub(in crate::bench) server_cpu_us_per_io: f64,
+    /// The server's largest resident set.
+    pub(in crate::bench) peak_rss_kib: u64,
+    /// Requests per second in each round.
+    pub(in crate::bench) rounds: Vec<f64>,
+    /// Requests per second over those of the image in one piece, in the same rounds.
+    pub(in crate::bench) ratio: Option<Spread>,
+}
+
+impl ExtentsRow {
+    /// Sums up the rounds of an image in `extents` pieces and of the image in one, taken in turn.
+    fn new(extents: u64, own: &[Outcome], one: &[Outcome]) -> ExtentsRow {
+        let iops = |outcomes: &[Outcome]| -> Vec<f64> {
+            outcomes.iter().map(|o| o.sample.iops()).collect()
+        };
+        let of = |value: fn(&Outcome) -> f64| median(&own.iter().map(value).collect::<Vec<f64>>());
+        let mut latencies = crate::bench::histogram::Histogram::default();
+        own.iter().for_each(|outcome| latencies.merge(&outcome.sample.latencies));
+        ExtentsRow {
+            extents,
+            iops: of(|o| o.sample.iops()),
+            p99_us: of(|o| o.sample.latencies.quantile_us(0.99)),
+            latency_us: distribution(&latencies),
+            server_cpu_us_per_io: of(|o| o.cpu_us_per_io.unwrap_or(0.0)),
+            peak_rss_kib: own.iter().filter_map(|o| o.peak_rss_kib).max().unwrap_or(0),
+            rounds: iops(own),
+            ratio: Spread::of_ratios(&iops(own), &iops(one)),
+        }
+    }
+}
+
+/// Measures extentd on images in pieces of so many bytes, in turn with the ground's image, which has as few as its filesystem
+/// gives it.
+pub(in crate::bench) fn extents(
+    ground: &Ground,
+    pieces: &[u64],
+    rounds: usize,
+    timing: Timing,
+    wait: Wait,
+) -> io::Result<Vec<ExtentsRow>> {
+    let mut rows = Vec::new();
+    let mut ones = Vec::new();
+    for piece in pieces {
+        // With less memory it gets fewer pieces of the same size.
+        let size = affordable(TIMES * ground.image().size, available_bytes());
+        let directory = ground.rig().dir(&format!("pieces-{piece}"))?;
+        // Twice the size while it is made, and some for the filesystem.
+        let disk = 2 * size + size / 4 + (1 << 30);
+        let fs = Filesystem::make(Kind::Ext4, disk, 512, &Backing::Memory, &directory)?;
+        let image = Image { path: fs.path().join("image"), size };
+        make(&image, *piece)?;
+        let extents = count(&image.path)?;
+        let (mut many, mut one) = (Vec::new(), Vec::new());
+        for round in 0..rounds {
+            interrupt::check()?;
+            let (first, second) =
+                if round % 2 == 0 { (&image, ground.image()) } else { (ground.image(), &image) };
+            for image in [first, second] {
+                let outcome = measure(ground, image, timing, wait)?;
+                if image.path == ground.image().path { &mut one } else { &mut many }.push(outcome);
+            }
+        }
+        rows.push(ExtentsRow::new(extents, &many, &one));
+        ones.extend(one);
+    }
+    let few = count(&ground.image().path)?;
+    rows.insert(0, ExtentsRow::new(few, &ones, &ones));
+    Ok(rows)
+}
+
+/// Both images are read at as many different places, so that the processor's caches do not make the difference.
+fn measure(ground: &Ground, image: &Image, timing: Timing, wait: Wait) -> io::Result<Outcome> {
+    let stride = (image.size / ground.image().size).max(1) * BLOCK;
+    let stride = u32::try_from(stride).map_err(io::Error::other)?;
+    let workload = Workload { stride, ..Workload::READ_32 };
+    // Lest the map is still being asked for while it is measured.
+    let sweep = Some(1 << 20);
+    ground.measure_on(&Trial {
+        subject: Subject::ExtentdDirect,
+        image,
+        workload,
+        timing,
+        wait,
+        sweep,
+    })
+}
+
+/// The image's size, halved until there is memory for it.
+fn affordable(size: u64, available: u64) -> u64 {
+    let mut size = size;
+    while size > BLOCK << 10 && size + SPARE > available {
+        size /= 2;
+    }
+    size
+}
+
+/// A written image in pieces of `piece` bytes: another file takes every other piece of the disk, and is removed at the end.
+fn make(image: &Image, piece: u64) -> io::Result<()> {
+    let create = |path: &Path| OpenOptions::new().write(true).create_new(true).open(path);
+    let other_path = image.path.with_extension("other");
+    let (file, other) = (create(&image.path)?, create(&other_path)?);
+    for offset in (0..image.size).step_by(usize::try_from(piece).map_err(io::Error::other)?) {
+        fallocate(&file, FallocateFlags::empty(), offset, piece.min(image.size - offset))?;
+        fallocate(&other, FallocateFlags::empty(), offset, piece)?;
+        if offset.is_multiple_of(1 << 26) {
+            interrupt::check()?;
+        }
+    }
+    drop((file, other));
+    std::fs::remove_file(other_path)?;
+    fill(&image.path, false, image.size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::load::Sample;
+    use crate::rig::Rig;
+
+    #[test]
+    fn an_image_has_as_many_pieces_as_were_asked_for() {
+        let Some(rig) = Rig::enter() else { return };
+        let directory = rig.dir("fs").unwrap();
+        let fs = Filesystem::make(Kind::Ext4, 64 << 20, 512, &Backing::Memory, &directory).unwrap();
+        let image = Image { path: fs.path().join("image"), size: 8 << 20 };
+        make(&image, 4096).unwrap();
+        let found = count(&image.path).unwrap();
+        // The filesystem's own blocks are in the way here and there.
+        assert!((2000..=2100).contains(&found), "{found}");
+        assert_eq!(crate::rig::outside::allocated(&image.path).unwrap() >> 20, 8);
+    }
+
+    #[test]
+    fn the_image_shrinks_with_the_memory() {
+        assert_eq!(affordable(4 << 30, 100 << 30), 4 << 30);
+        assert_eq!(affordable(4 << 30, 5 << 30), 2 << 30);
+        assert_eq!(affordable(4 << 30, 0), 4 << 20);
+    }
+
+    #[test]
+    fn the_ratio_is_of_rounds() {
+        let outcome = |requests: u64| {
+            let mut sample = Sample { seconds: 1.0, ..Sample::default() };
+            (0..requests).for_each(|_| sample.latencies.record(1000));
+            Outcome { sample, peak_rss_kib: Some(7), ..Outcome::default() }
+        };
+        let row = ExtentsRow::new(
+            9,
+            &[outcome(90), outcome(190), outcome(50)],
+            &[outcome(100), outcome(200), outcome(50)],
+        );
+        assert_eq!((row.extents, row.iops, row.peak_rss_kib), (9, 90.0, 7));
+        assert_eq!(row.ratio.map(|r| (r.low, r.median, r.high)), Some((0.9, 0.95, 1.0)));
+    }
+}
