@@ -3,5 +3,6 @@
 
 pub mod bench;
 pub mod crash;
+pub mod map_scale;
 pub mod rig;
 pub mod sim;

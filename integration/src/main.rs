@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use extentd::config::invocation::{self, Invocation};
 use extentd::server::{self, AllSignals};
-use integration::{bench, crash, sim};
+use integration::{bench, crash, map_scale, sim};
 
 /// Rigs, simulator and benches of extentd.
 #[derive(Debug, Parser)]
@@ -34,6 +34,8 @@ enum Command {
     },
     /// Time extentd beside qemu-storage-daemon and no server at all.
     Bench(bench::BenchArgs),
+    /// Measure the extent map, from one extent to ten million.
+    Map(map_scale::Options),
 }
 
 fn main() -> ExitCode {
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
             Err(error) => invocation::fail(&error, 1),
         },
         Command::Bench(args) => bench::run(args),
+        Command::Map(options) => map_scale::run(&options),
     }
 }
 

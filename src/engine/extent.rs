@@ -1,15 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The extent map (R7–R11): what is known of where the image's bytes lie.
 //!
-//! It is a sorted list cut into shared chunks, so that a copy for the workers costs one pointer
-//! per few hundred extents and a change rewrites only the chunks it touches.
+//! It is a sorted list cut into shared leaves, and the list of those cut into shared branches, so that a
+//! copy for the workers costs one pointer per few thousand extents and a change rewrites only the leaf and the
+//! branch it touches.
 
+mod leaf;
+
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::units::{DeviceOffset, FileRange};
+use leaf::{Leaf, rank, storable};
 
-/// Extents in a full chunk: 8 KiB of memory to rewrite for a change.
-const CHUNK: usize = 256;
+/// Extents in a full leaf: 2 KiB of memory to rewrite for a change, and to search. Tests have small ones, for trees of
+/// many branches.
+const LEAF: usize = if cfg!(test) { 4 } else { 128 };
+/// Leaves in a full branch: 64 pointers to copy for a change.
+const BRANCH: usize = if cfg!(test) { 3 } else { 64 };
 
 /// What a range of the file is, as far as raw access goes (section 4 of the design page).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -36,9 +44,6 @@ pub struct Extent {
     /// What it is.
     pub state: State,
 }
-
-// R8: at most 32 bytes each.
-const _: () = assert!(size_of::<Extent>() <= 32);
 
 impl Extent {
     /// The part of it inside `range`; empty if there is none.
@@ -73,25 +78,27 @@ impl Extent {
 /// Where the last lookup was answered from; a worker keeps one per queue.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Hint {
-    chunk: usize,
+    branch: usize,
+    leaf: usize,
     extent: usize,
 }
 
 #[derive(Clone, Debug)]
-struct Chunk {
+struct Branch {
     /// Start of its first extent.
     start: u64,
     /// Never empty.
-    extents: Arc<[Extent]>,
+    leaves: Arc<[Leaf]>,
 }
 
 /// The map. Ranges it has no extent for are *not cached*.
 #[derive(Clone, Debug, Default)]
 pub struct ExtentMap {
-    chunks: Vec<Chunk>,
+    branches: Vec<Branch>,
     count: usize,
-    /// Where eviction goes on (a clock hand over the chunks).
-    hand: usize,
+    mapped: u64,
+    /// Where eviction goes on (a clock hand over the file).
+    hand: u64,
 }
 
 impl ExtentMap {
@@ -113,44 +120,58 @@ impl ExtentMap {
         self.count == 0
     }
 
-    /// The extent that holds byte `at`, if cached; tries `hint` first and leaves it where the
-    /// answer was.
+    /// The extent that holds byte `at`, if cached; tries the one of `hint` first, then the one behind it, and
+    /// leaves the hint where the answer was.
     #[must_use]
     pub fn lookup(&self, at: u64, hint: &mut Hint) -> Option<Extent> {
-        if let Some(extent) = self.chunks.get(hint.chunk).and_then(|c| c.extents.get(hint.extent))
-            && extent.range.start <= at
-            && at < extent.range.end
-        {
-            return Some(*extent);
+        if let Some(leaf) = self.branches.get(hint.branch).and_then(|b| b.leaves.get(hint.leaf)) {
+            for index in [hint.extent, hint.extent + 1] {
+                if let Some(extent) = leaf.get(index)
+                    && extent.range.start <= at
+                    && at < extent.range.end
+                {
+                    hint.extent = index;
+                    return Some(extent);
+                }
+            }
         }
-        let chunk = self.chunks.partition_point(|c| c.start <= at).checked_sub(1)?;
-        let extents = &self.chunks.get(chunk)?.extents;
-        let index = extents.partition_point(|e| e.range.start <= at).checked_sub(1)?;
-        let extent = extents.get(index)?;
-        *hint = Hint { chunk, extent: index };
-        (at < extent.range.end).then_some(*extent)
+        let branch = rank(&self.branches, at, |branch| branch.start).checked_sub(1)?;
+        let leaves = &self.branches.get(branch)?.leaves;
+        let leaf = rank(leaves, at, |leaf| leaf.start).checked_sub(1)?;
+        let found = leaves.get(leaf)?;
+        let extent = found.find(at)?;
+        *hint = Hint { branch, leaf, extent };
+        found.get(extent)
+    }
+
+    /// The leaf that holds byte `at`, or else the one before it or the first one, and all behind it.
+    fn leaves_from(&self, at: u64) -> impl Iterator<Item = &Leaf> {
+        let first = self.branches.partition_point(|b| b.start <= at).saturating_sub(1);
+        let mut branches = self.branches.get(first..).unwrap_or_default().iter();
+        let leaves = branches.next().map_or(&[][..], |branch| &branch.leaves);
+        let first = leaves.partition_point(|l| l.start <= at).saturating_sub(1);
+        let leaves = leaves.get(first..).unwrap_or_default();
+        leaves.iter().chain(branches.flat_map(|branch| branch.leaves.iter()))
     }
 
     /// Every cached extent that has a byte in `range`, unclipped, in order.
     pub fn overlapping(&self, range: FileRange) -> impl Iterator<Item = Extent> + '_ {
-        let first = self.chunks.partition_point(|c| c.start <= range.start).saturating_sub(1);
-        self.chunks
-            .iter()
-            .skip(first)
-            .take_while(move |c| c.start < range.end)
-            .flat_map(|c| c.extents.iter().copied())
-            .filter(move |e| e.range.overlaps(&range))
+        self.leaves_from(range.start)
+            .take_while(move |leaf| leaf.start < range.end)
+            .flat_map(move |leaf| leaf.extents_from(leaf.find(range.start).unwrap_or(0)))
+            .take_while(move |extent| extent.range.start < range.end)
+            .filter(move |extent| extent.range.overlaps(&range))
     }
 
     /// All cached extents, in order.
     pub fn iter(&self) -> impl Iterator<Item = Extent> + '_ {
-        self.chunks.iter().flat_map(|c| c.extents.iter().copied())
+        self.leaves_from(0).flat_map(Leaf::extents)
     }
 
     /// Bytes cached in `Mapped` state.
     #[must_use]
-    pub fn mapped_bytes(&self) -> u64 {
-        self.iter().filter(|e| e.state == State::Mapped).map(|e| e.range.len()).sum()
+    pub const fn mapped_bytes(&self) -> u64 {
+        self.mapped
     }
 
     /// The first stretch of `range` that is not cached, or `None` if all of it is.
@@ -185,59 +206,114 @@ impl ExtentMap {
         if range.is_empty() {
             return;
         }
-        // One chunk of margin on both sides, so that merging with the neighbours is seen and
-        // small chunks grow together again.
-        let from = self.chunks.partition_point(|c| c.start <= range.start).saturating_sub(1);
-        let from = from.saturating_sub(1);
-        let to = (self.chunks.partition_point(|c| c.start <= range.end) + 1).min(self.chunks.len());
-        let mut merged: Vec<Extent> = Vec::with_capacity(extents.len() + 2 * CHUNK);
-        let old: Vec<Extent> =
-            self.chunks.drain(from..to).flat_map(|c| c.extents.to_vec()).collect();
-        self.count -= old.len();
-        let before = FileRange::new(0, range.start);
-        let after = FileRange::new(range.end, u64::MAX);
-        let pieces = old
-            .iter()
-            .map(|e| e.clip(&before))
-            .chain(extents.iter().map(|e| e.clip(&range)))
-            .chain(old.iter().map(|e| e.clip(&after)))
-            .filter(|e| !e.range.is_empty());
-        for piece in pieces {
-            match merged.last_mut() {
-                Some(last) if last.joins(&piece) => last.range.end = piece.range.end,
-                _ => merged.push(piece),
-            }
-        }
+        // What ends where the range begins, or begins where it ends, may merge with what comes in.
+        let (low, high) = (range.start.saturating_sub(1), range.end);
+        let branches = self.branches_around(low, high);
+        let old = self.branches.get(branches.clone()).unwrap_or_default();
+        let leaves: Vec<Leaf> = old.iter().flat_map(|b| b.leaves.iter().cloned()).collect();
+        // One leaf of margin on both sides, so that small ones grow together again.
+        let from = leaves.partition_point(|l| l.start <= low).saturating_sub(2);
+        let to = (leaves.partition_point(|l| l.start <= high) + 1).min(leaves.len());
+        let touched = leaves.get(from..to).unwrap_or_default();
+        let merged = merge(touched, range, extents);
+        self.uncount(touched);
         self.count += merged.len();
-        // Balanced chunks: a list just over the limit becomes two halves, not a full and a sliver.
-        let parts = merged.len().div_ceil(CHUNK).max(1);
-        let size = merged.len().div_ceil(parts).max(1);
-        let chunks = merged.chunks(size).filter_map(|extents| {
-            Some(Chunk { start: extents.first()?.range.start, extents: extents.into() })
+        self.mapped += merged.iter().map(mapped).sum::<u64>();
+        let before = leaves.get(..from).unwrap_or_default().iter().cloned();
+        let after = leaves.get(to..).unwrap_or_default().iter().cloned();
+        let new = balanced(&merged, LEAF).filter_map(Leaf::of);
+        let leaves: Vec<Leaf> = before.chain(new).chain(after).collect();
+        let new = balanced(&leaves, BRANCH).filter_map(|leaves| {
+            Some(Branch { start: leaves.first()?.start, leaves: leaves.into() })
         });
-        self.chunks.splice(from..from, chunks);
+        self.branches.splice(branches, new);
     }
 
-    /// Chooses what to forget so that at most `cap` extents stay: ranges of whole chunks, taken
-    /// round robin, never one that overlaps any of `keep`. The caller removes them (R8).
+    /// The branches that a change between these bytes touches; with a neighbour or two if they are small, so
+    /// that they grow together again.
+    fn branches_around(&self, low: u64, high: u64) -> Range<usize> {
+        let from = self.branches.partition_point(|b| b.start <= low).saturating_sub(1);
+        let to = self.branches.partition_point(|b| b.start <= high).max(from);
+        let leaves = |branches: Range<usize>| -> usize {
+            self.branches.get(branches).unwrap_or_default().iter().map(|b| b.leaves.len()).sum()
+        };
+        if leaves(from..to) > BRANCH / 2 {
+            return from..to;
+        }
+        from.saturating_sub(1)..(to + 1).min(self.branches.len())
+    }
+
+    fn uncount(&mut self, leaves: &[Leaf]) {
+        for extent in leaves.iter().flat_map(Leaf::extents) {
+            self.count -= 1;
+            self.mapped -= mapped(&extent);
+        }
+    }
+
+    /// Chooses what to forget so that at most `cap` extents stay: ranges of whole leaves, taken
+    /// round robin, few and long, never one that overlaps any of `keep`. The caller removes them (R8).
     pub fn victims(&mut self, cap: usize, keep: &[FileRange]) -> Vec<FileRange> {
+        let kept = |range: FileRange| keep.iter().any(|keep| range.overlaps(keep));
         let mut excess = self.count.saturating_sub(cap);
-        let mut chosen = Vec::new();
-        for _ in 0..self.chunks.len() {
+        let mut chosen: Vec<FileRange> = Vec::new();
+        let hand = self.hand;
+        let rest = self.leaves_from(hand).skip_while(|leaf| leaf.start < hand);
+        let round = rest.chain(self.leaves_from(0)).take(self.leaf_count());
+        let mut turned = hand;
+        for leaf in round.filter(|leaf| !kept(leaf.range())) {
             if excess == 0 {
                 break;
             }
-            self.hand = if self.hand + 1 < self.chunks.len() { self.hand + 1 } else { 0 };
-            let Some(chunk) = self.chunks.get(self.hand) else { break };
-            let end = chunk.extents.last().map_or(chunk.start, |e| e.range.end);
-            let range = FileRange::new(chunk.start, end);
-            if !keep.iter().any(|keep| range.overlaps(keep)) {
-                excess = excess.saturating_sub(chunk.extents.len());
-                chosen.push(range);
+            excess = excess.saturating_sub(leaf.extents().count());
+            let range = leaf.range();
+            turned = range.end;
+            match chosen.last_mut() {
+                Some(last)
+                    if last.end <= range.start && !kept(FileRange::new(last.start, range.end)) =>
+                {
+                    last.end = range.end;
+                }
+                _ => chosen.push(range),
             }
         }
+        self.hand = turned;
         chosen
     }
+
+    fn leaf_count(&self) -> usize {
+        self.branches.iter().map(|branch| branch.leaves.len()).sum()
+    }
+}
+
+/// The extents of `leaves` outside of `range`, and inside of it the new ones; in order, neighbours merged.
+fn merge(leaves: &[Leaf], range: FileRange, extents: &[Extent]) -> Vec<Extent> {
+    let mut merged: Vec<Extent> = Vec::with_capacity(extents.len() + 4 * LEAF);
+    let (before, after) = (FileRange::new(0, range.start), FileRange::new(range.end, u64::MAX));
+    let left = leaves.iter().take_while(|l| l.start < range.start).flat_map(Leaf::extents);
+    let right = leaves.iter().skip_while(|l| l.end() <= range.end).flat_map(Leaf::extents);
+    let pieces = left
+        .map(|e| e.clip(&before))
+        .chain(extents.iter().map(|e| e.clip(&range)))
+        .chain(right.map(|e| e.clip(&after)))
+        .filter(|e| !e.range.is_empty())
+        .map(storable);
+    for piece in pieces {
+        match merged.last_mut() {
+            Some(last) if last.joins(&piece) => last.range.end = piece.range.end,
+            _ => merged.push(piece),
+        }
+    }
+    merged
+}
+
+/// Cuts a list into parts of at most `most`: one just over that becomes two halves, not a full one and a sliver.
+fn balanced<T>(list: &[T], most: usize) -> impl Iterator<Item = &[T]> {
+    let parts = list.len().div_ceil(most).max(1);
+    list.chunks(list.len().div_ceil(parts).max(1))
+}
+
+fn mapped(extent: &Extent) -> u64 {
+    if extent.state == State::Mapped { extent.range.len() } else { 0 }
 }
 
 #[cfg(test)]

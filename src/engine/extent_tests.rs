@@ -42,10 +42,23 @@ fn check(map: &ExtentMap, oracle: &Oracle, blocks: u64) {
     }
     let list: Vec<Extent> = map.iter().collect();
     assert_eq!(list.len(), map.len());
+    let mapped = oracle.values().filter(|(state, _)| *state == State::Mapped).count() as u64;
+    assert_eq!(map.mapped_bytes(), mapped * BLOCK);
+    assert_eq!(map.leaf_count(), map.leaves_from(0).count());
+    for branch in &map.branches {
+        assert_eq!(branch.start, branch.leaves[0].start);
+        assert!(branch.leaves.len() <= BRANCH);
+        assert!(branch.leaves.iter().all(|leaf| (1..=LEAF).contains(&leaf.extents().count())));
+    }
     for pair in list.windows(2) {
         assert!(pair[0].range.end <= pair[1].range.start, "overlap: {pair:?}");
         assert!(!pair[0].joins(&pair[1]), "not merged: {pair:?}");
     }
+}
+
+/// What any extent of `range` is, by the slow way.
+fn slow_overlap(map: &ExtentMap, range: FileRange) -> Vec<Extent> {
+    map.iter().filter(|extent| extent.range.overlaps(&range)).collect()
 }
 
 proptest! {
@@ -79,6 +92,50 @@ proptest! {
                 }
             }
             check(&map, &oracle, 1000);
+            let around = FileRange::new(range.start.saturating_sub(5 * BLOCK), range.end + BLOCK);
+            prop_assert_eq!(map.overlapping(around).collect::<Vec<_>>(), slow_overlap(&map, around));
+        }
+    }
+
+    /// Whole leaves go, of all but what is kept, and in the end all have had their turn.
+    #[test]
+    fn victims_spare_what_is_kept_and_bring_the_map_under_its_cap(
+        count in 1u64..300, cap in 0usize..300, kept in prop::collection::vec((0u64..300, 1u64..9), 0..4),
+    ) {
+        let mut map = ExtentMap::new();
+        for block in 0..count {
+            // Gaps as well: leaves that do not touch each other.
+            let e = extent(block * 3 / 2, 1, block * 2, State::Mapped);
+            map.replace(e.range, &[e]);
+        }
+        let keep: Vec<FileRange> =
+            kept.iter().map(|(at, len)| FileRange::new(at * BLOCK, (at + len) * BLOCK)).collect();
+        let spared = map.leaves_from(0).filter(|l| keep.iter().any(|k| l.range().overlaps(k)));
+        let spared: usize = spared.map(|leaf| leaf.extents().count()).sum();
+        let before = map.len();
+        let victims = map.victims(cap, &keep);
+        prop_assert!(victims.len() <= 2 * keep.len() + 2, "{victims:?}");
+        for victim in &victims {
+            prop_assert!(!keep.iter().any(|keep| victim.overlaps(keep)));
+            map.remove(*victim);
+        }
+        prop_assert!(map.len() <= cap.max(spared));
+        prop_assert!(before <= cap || before - map.len() < before - cap + LEAF, "too much went");
+    }
+
+    #[test]
+    fn eviction_goes_round(caps in prop::collection::vec(1usize..40, 1..40)) {
+        let mut map = ExtentMap::new();
+        let list: Vec<Extent> = (0..400).map(|i| extent(i, 1, i * 2, State::Mapped)).collect();
+        map.replace(FileRange::new(0, 400 * BLOCK), &list);
+        let mut last = 0;
+        for few in caps.into_iter() {
+            let victims = map.victims(map.len().saturating_sub(few), &[]);
+            let Some(first) = victims.first() else { break };
+            // Nothing is loaded again here, so what goes next lies behind what went before.
+            prop_assert!(first.start >= last, "{victims:?} after {last}");
+            last = victims[victims.len() - 1].end;
+            victims.into_iter().for_each(|victim| map.remove(victim));
         }
     }
 
@@ -121,4 +178,45 @@ fn a_million_alternating_extents_stay_within_the_cap_after_eviction() {
         assert!(map.len() <= 10_000);
         assert!(map.first_gap(range).is_none());
     }
+}
+
+#[test]
+fn a_place_that_is_no_sector_is_never_addressed() {
+    let mut map = ExtentMap::new();
+    let range = FileRange::new(0, BLOCK);
+    map.replace(range, &[Extent { range, device: DeviceOffset(1234), state: State::Mapped }]);
+    assert_eq!(map.lookup(0, &mut Hint::default()).map(|e| e.state), Some(State::Opaque));
+    assert_eq!(map.mapped_bytes(), 0);
+}
+
+/// A copy keeps what it was made of, whatever becomes of the original.
+#[test]
+fn a_copy_does_not_change() {
+    let mut map = ExtentMap::new();
+    let list: Vec<Extent> = (0..100).map(|i| extent(i, 1, i * 2, State::Mapped)).collect();
+    map.replace(FileRange::new(0, 100 * BLOCK), &list);
+    let copy = map.clone();
+    for block in 0..100 {
+        let e = extent(block, 1, 1000 - block * 2, State::Shared);
+        map.replace(e.range, &[e]);
+    }
+    assert_eq!(copy.iter().collect::<Vec<_>>(), list);
+    assert!(map.iter().all(|e| e.state == State::Shared));
+}
+
+/// A change among many leaves others as they are, in the same memory.
+#[test]
+fn a_change_rewrites_few_leaves() {
+    let mut map = ExtentMap::new();
+    let list: Vec<Extent> = (0..1000).map(|i| extent(i, 1, i * 2, State::Mapped)).collect();
+    map.replace(FileRange::new(0, 1000 * BLOCK), &list);
+    let copy = map.clone();
+    let e = extent(500, 1, 5000, State::Opaque);
+    map.replace(e.range, &[e]);
+    let shared = copy
+        .branches
+        .iter()
+        .filter(|old| map.branches.iter().any(|new| Arc::ptr_eq(&old.leaves, &new.leaves)))
+        .count();
+    assert!(copy.branches.len() - shared <= 4, "{shared} of {}", copy.branches.len());
 }

@@ -199,6 +199,14 @@ impl Daemon {
         Ok(std::fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
     }
 
+    /// KiB of memory it has resident.
+    pub fn resident_kib(&self) -> io::Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+        number.ok_or_else(|| io::Error::other("no VmRSS in its status"))
+    }
+
     /// Clock ticks it has used, in user and kernel mode, over all threads.
     pub fn cpu_ticks(&self) -> io::Result<u64> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;

@@ -29,6 +29,7 @@ mod fault_disk_power;
 mod fault_disk_rules;
 pub mod filesystem;
 pub mod frontend;
+pub mod heap;
 pub mod image;
 pub mod model;
 pub mod outside;

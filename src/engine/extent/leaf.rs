@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A run of extents in 16 bytes each: only where each begins is kept, for it ends where the next one does.
+
+use std::sync::Arc;
+
+use super::{Extent, State};
+use crate::engine::units::{DeviceOffset, FileRange};
+
+/// Places on the device are multiples of a sector, so the lowest bits of one are free to say the state.
+const STATE_BITS: u64 = 7;
+
+/// Where an extent begins, or something that is not cached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Mark {
+    start: u64,
+    /// Place on the device and state; 0: not cached.
+    what: u64,
+}
+
+// R8: at most 32 bytes each, all told.
+const _: () = assert!(size_of::<Mark>() == 16);
+
+impl Mark {
+    fn of(extent: &Extent) -> Self {
+        let place = extent.device.0 & !STATE_BITS;
+        let what = match extent.state {
+            State::Mapped => 1 | place,
+            State::Hole => 2,
+            State::Unwritten => 3,
+            State::Shared => 4 | place,
+            State::Opaque => 5,
+        };
+        Self { start: extent.range.start, what }
+    }
+
+    fn extent(self, end: u64) -> Option<Extent> {
+        let state = match self.what & STATE_BITS {
+            1 => State::Mapped,
+            2 => State::Hole,
+            3 => State::Unwritten,
+            4 => State::Shared,
+            5 => State::Opaque,
+            _ => return None,
+        };
+        let device = DeviceOffset(self.what & !STATE_BITS);
+        Some(Extent { range: FileRange::new(self.start, end), device, state })
+    }
+}
+
+/// What the map can hold of an extent. Raw access to a place that is no multiple of a sector is impossible anyway.
+pub(super) const fn storable(extent: Extent) -> Extent {
+    if extent.has_place() && extent.device.0 & STATE_BITS != 0 {
+        return Extent { state: State::Opaque, ..extent };
+    }
+    extent
+}
+
+/// How many of `list`, which is in order of `start`, begin at byte `at` or before.
+///
+/// In two rounds of loads that do not wait for each other. A binary search waits for each of its loads, and in a map that is
+/// larger than the CPU's caches nearly all of them come from memory.
+pub(super) fn rank<T>(list: &[T], at: u64, start: impl Fn(&T) -> u64) -> usize {
+    let step = 1 << (list.len().checked_ilog2().unwrap_or(0) / 2);
+    let steps = list.iter().step_by(step).filter(|item| start(item) <= at).count();
+    let from = steps.saturating_sub(1) * step;
+    let rest = list.get(from..list.len().min(from + step)).unwrap_or_default();
+    from + rest.iter().filter(|item| start(item) <= at).count()
+}
+
+/// At least one extent, and no end of more; shared, never changed.
+#[derive(Clone, Debug)]
+pub(super) struct Leaf {
+    /// Where its first extent begins.
+    pub(super) start: u64,
+    /// In order. The last one is only the end of the one before.
+    marks: Arc<[Mark]>,
+}
+
+impl Leaf {
+    /// Of extents in order; `None` of none.
+    pub(super) fn of(extents: &[Extent]) -> Option<Self> {
+        let start = extents.first()?.range.start;
+        let mut marks = Vec::with_capacity(extents.len() + 1);
+        let mut end = start;
+        for extent in extents {
+            if extent.range.start > end {
+                marks.push(Mark { start: end, what: 0 });
+            }
+            marks.push(Mark::of(extent));
+            end = extent.range.end;
+        }
+        marks.push(Mark { start: end, what: 0 });
+        Some(Self { start, marks: marks.into() })
+    }
+
+    /// Where its last extent ends.
+    pub(super) fn end(&self) -> u64 {
+        self.marks.last().map_or(self.start, |mark| mark.start)
+    }
+
+    /// From its first byte to its last one, what is not cached between them included.
+    pub(super) fn range(&self) -> FileRange {
+        FileRange::new(self.start, self.end())
+    }
+
+    /// The number of the extent, or of the gap, that holds byte `at`.
+    pub(super) fn find(&self, at: u64) -> Option<usize> {
+        rank(&self.marks, at, |mark| mark.start).checked_sub(1)
+    }
+
+    /// The extent of this number, if it is not a gap.
+    pub(super) fn get(&self, index: usize) -> Option<Extent> {
+        let end = self.marks.get(index + 1)?.start;
+        self.marks.get(index)?.extent(end)
+    }
+
+    /// Its extents, in order.
+    pub(super) fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
+        self.extents_from(0)
+    }
+
+    /// Its extents from this number on, in order.
+    pub(super) fn extents_from(&self, index: usize) -> impl Iterator<Item = Extent> + '_ {
+        let pairs = self.marks.get(index..).unwrap_or_default().windows(2);
+        pairs.filter_map(|pair| match pair {
+            [mark, next] => mark.extent(next.start),
+            _ => None,
+        })
+    }
+}
