@@ -42,6 +42,8 @@ pub(super) struct Environment {
     pub(super) against: Option<String>,
     /// The filesystem of the images.
     pub(super) filesystem: &'static str,
+    /// Whether everything with a target was to be measured.
+    pub(super) whole: bool,
     /// What most was measured on, and the targets are about.
     pub(super) device: &'static str,
     /// Bytes of the image.
