@@ -215,6 +215,9 @@ impl Bench {
             println!("{}", table.text());
         }
         println!("{}", table::LEGEND);
+        if self.report.environment.busy() {
+            println!("the machine was busy with other things: these figures are not to be quoted");
+        }
         if let Some(dir) = &self.out {
             write(&self.report, &line, dir).map_err(context(dir.display()))?;
         }

@@ -13,6 +13,11 @@ pub(super) fn page(report: &Report, verdict: &str, plots: &[Plot]) -> String {
         "# Report of the bench\n\n\
          Written by `integration bench --out`, not by hand. [How to read it](../performance.md).\n\n",
     );
+    if report.environment.busy() {
+        text.push_str(
+            "**The machine was busy with other things meanwhile: these figures are not to be quoted.**\n\n",
+        );
+    }
     text.push_str(&environment(&report.environment));
     // Writing into a string cannot fail.
     let _ = writeln!(text, "\nVerdict: `{verdict}`");

@@ -15,7 +15,7 @@ pub(super) const LEGEND: &str = "\
 * the client was at its limit: a faster server would have shown little of it
 ± % half of the way from the slowest round to the fastest; × peer, × native: IOPS over qemu-storage-daemon's and over
 those of an io_uring on the device (on the file where a device cannot be given the workload), round by round
-others %: the machine's CPU time that is neither the client's, the server's nor kernel workers'";
+others %: the machine's CPU time that is neither the client's, the server's, kernel workers' nor interrupts'";
 
 /// Columns of text; the first ones of words, the others of numbers.
 #[derive(Debug, Clone)]
