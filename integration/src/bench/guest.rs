@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -20,14 +20,18 @@ use virtio_driver::{
 };
 use vm_memory::{FileOffset, MmapRegion};
 
+use super::interrupt;
 use super::load::Disk;
 use super::native::fill_buffers;
 use super::workload::{Request, Workload};
 use crate::rig::command::{close, context};
+use crate::rig::wait;
 
 /// Three descriptors a request, at the deepest.
 const QUEUE_SIZE: u16 = 512;
 const LIMIT: Duration = Duration::from_secs(10);
+/// How often a sleeping client looks whether it is to end.
+const LOOK_UP: Duration = Duration::from_millis(500);
 
 /// How the client waits for completions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -98,14 +102,22 @@ impl Guest {
             let call = unsafe { BorrowedFd::borrow_raw(queue.call.as_raw_fd()) };
             fds.push(PollFd::from_borrowed_fd(call, PollFlags::IN));
         }
-        let limit = Timespec::try_from(LIMIT).map_err(io::Error::other)?;
-        let ready = match poll(&mut fds, Some(&limit)) {
-            // The caller looks again, and at whether the signal was for the bench.
-            Err(rustix::io::Errno::INTR) => return Ok(()),
-            ready => ready?,
-        };
-        if ready == 0 {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "no call for a completion"));
+        let slice = Timespec::try_from(LOOK_UP).map_err(io::Error::other)?;
+        let start = Instant::now();
+        loop {
+            match poll(&mut fds, Some(&slice)) {
+                Ok(0) if start.elapsed() > LIMIT => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "no call for a completion",
+                    ));
+                }
+                Ok(0) | Err(rustix::io::Errno::INTR) => interrupt::check()?,
+                ready => {
+                    ready?;
+                    break;
+                }
+            }
         }
         for (queue, fd) in self.queues.iter().zip(&fds) {
             if fd.revents().contains(PollFlags::IN) {
@@ -125,14 +137,19 @@ impl Drop for Guest {
     }
 }
 
-fn handshake(path: &Path, workload: Workload, wait: Wait) -> io::Result<Guest> {
+fn handshake(path: &Path, workload: Workload, how: Wait) -> io::Result<Guest> {
     let name = path.to_str().ok_or(io::ErrorKind::InvalidInput)?;
     let features =
         (VirtioBlkFeatureFlags::MQ | VirtioBlkFeatureFlags::FLUSH | VirtioBlkFeatureFlags::DISCARD)
             .bits()
             | (VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX).bits();
+    // A socket is there a moment before it listens.
+    let connected = wait::until("connecting", LIMIT, || match VhostUser::new(name, features) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => None,
+        done => Some(done),
+    })?;
     let mut transport: Box<VirtioBlkTransport> =
-        Box::new(VhostUser::new(name, features).map_err(context("vhost-user handshake"))?);
+        Box::new(connected.map_err(context("vhost-user handshake"))?);
     let rings =
         VirtioBlkQueue::setup_queues(transport.as_mut(), workload.queues.into(), QUEUE_SIZE)
             .map_err(context("setting the queues up"))?;
@@ -148,12 +165,12 @@ fn handshake(path: &Path, workload: Workload, wait: Wait) -> io::Result<Guest> {
         .map_mem_region(memory.as_ptr() as usize, len, fd, 0)
         .map_err(context("adding the memory"))?;
     let queue = |(index, mut ring): (usize, VirtioBlkQueue<'static, u16>)| {
-        ring.set_used_notif_enabled(wait == Wait::Event);
+        ring.set_used_notif_enabled(how == Wait::Event);
         let notifier = transport.get_submission_notifier(index);
         Queue { ring, notifier, call: transport.get_completion_fd(index), fresh: false }
     };
     let queues = rings.into_iter().enumerate().map(queue).collect();
-    Ok(Guest { queues, wait, block, memory, transport: Some(transport) })
+    Ok(Guest { queues, wait: how, block, memory, transport: Some(transport) })
 }
 
 impl Disk for Guest {

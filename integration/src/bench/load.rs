@@ -163,10 +163,15 @@ impl<'a, D: Disk> Run<'a, D> {
             self.idle_looks += 1;
             looks += 1;
             std::hint::spin_loop();
-            if looks.is_multiple_of(LOOKS)
-                && since.get_or_insert_with(Instant::now).elapsed() > HANG
-            {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "requests are not answered"));
+            if looks.is_multiple_of(LOOKS) {
+                // The signal may have ended the server as well.
+                interrupt::check()?;
+                if since.get_or_insert_with(Instant::now).elapsed() > HANG {
+                    return Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "requests are not answered",
+                    ));
+                }
             }
         }
         let now = Instant::now();

@@ -142,6 +142,7 @@ impl Bench {
             extentd: version(&extentd),
             against: args.against.as_deref().map(version),
             filesystem: "ext4",
+            whole: plan.whole,
             device: plan.device.name(),
             image_bytes: size,
             rounds: plan.targets.rounds,
@@ -209,11 +210,14 @@ impl Bench {
         let environment = &mut self.report.environment;
         environment.load_average = [environment.load_average[0], load_average()];
         environment.minutes = self.started.elapsed().as_secs_f64() / 60.0;
-        let (line, ok) = targets::verdict(&self.report, self.plan.whole);
+        let (line, ok) = targets::verdict(&self.report);
         for table in table::tables(&self.report) {
             println!("{}", table.text());
         }
-        println!("* the client was at its limit: a faster server would have shown little of it");
+        println!("{}", table::LEGEND);
+        if self.report.environment.busy() {
+            println!("the machine was busy with other things: these figures are not to be quoted");
+        }
         if let Some(dir) = &self.out {
             write(&self.report, &line, dir).map_err(context(dir.display()))?;
         }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use super::plots::Plot;
 use super::report::{Environment, Report};
-use super::table::tables;
+use super::table::{LEGEND, tables};
 
 /// The page.
 pub(super) fn page(report: &Report, verdict: &str, plots: &[Plot]) -> String {
@@ -13,9 +13,16 @@ pub(super) fn page(report: &Report, verdict: &str, plots: &[Plot]) -> String {
         "# Report of the bench\n\n\
          Written by `integration bench --out`, not by hand. [How to read it](../performance.md).\n\n",
     );
+    if report.environment.busy() {
+        text.push_str(
+            "**The machine was busy with other things meanwhile: these figures are not to be quoted.**\n\n",
+        );
+    }
     text.push_str(&environment(&report.environment));
     // Writing into a string cannot fail.
     let _ = writeln!(text, "\nVerdict: `{verdict}`");
+    let legend = LEGEND.lines().map(|line| format!("> {line}\n")).collect::<String>();
+    let _ = write!(text, "\n{legend}");
     for table in tables(report) {
         let _ = write!(text, "\n## {}\n\n{}", table.title(), table.markdown());
         for plot in plots.iter().filter(|plot| plot.belongs_to == table.title()) {

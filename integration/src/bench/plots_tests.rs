@@ -114,6 +114,9 @@ fn the_page_has_every_table_and_every_plot() {
     for title in ["Targets", "Workloads", "Images in pieces", "Many devices", "Opening"] {
         assert!(tables.iter().any(|table| table.title() == title), "{title}");
     }
+    assert!(!page.contains("not to be quoted"));
+    report.environment.others_percent = 30.0;
+    assert!(super::super::page::page(&report, "", &[]).contains("not to be quoted"));
     for table in tables {
         assert!(page.contains(&format!("## {}\n", table.title())));
         let widths: Vec<usize> =

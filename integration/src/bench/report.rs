@@ -15,6 +15,8 @@ use super::workload::Workload;
 
 /// Version of the format of `report.json`.
 const VERSION: u32 = 1;
+/// Percent of the machine's time.
+const BUSY: f64 = 10.0;
 /// The quantiles of every `latency_us`: enough to draw its distribution.
 pub(super) const QUANTILES: [f64; 18] = [
     0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.995, 0.999, 0.9995,
@@ -42,6 +44,8 @@ pub(super) struct Environment {
     pub(super) against: Option<String>,
     /// The filesystem of the images.
     pub(super) filesystem: &'static str,
+    /// Whether everything with a target was to be measured.
+    pub(super) whole: bool,
     /// What most was measured on, and the targets are about.
     pub(super) device: &'static str,
     /// Bytes of the image.
@@ -60,6 +64,13 @@ pub(super) struct Environment {
     pub(super) stolen_percent: f64,
     /// Minutes it all took.
     pub(super) minutes: f64,
+}
+
+impl Environment {
+    /// Whether others used so much of the machine that the figures are worth little.
+    pub(super) fn busy(&self) -> bool {
+        self.others_percent + self.stolen_percent > BUSY
+    }
 }
 
 /// One subject under one workload; medians over the rounds.

@@ -26,7 +26,8 @@ fn row(subject: Subject, workload: Workload, iops: u64, micros: u64) -> Row {
 
 /// A report in which every goal is reached.
 pub(in crate::bench) fn good() -> Report {
-    let mut report = Report::new(Environment { device: "tmpfs-loop", ..Environment::default() });
+    let environment = Environment { device: "tmpfs-loop", whole: true, ..Environment::default() };
+    let mut report = Report::new(environment);
     for workload in Workload::TARGETS.into_iter().chain([Workload::FILL]) {
         use Subject::*;
         let figures = [

@@ -5,9 +5,17 @@ use std::fmt::Write as _;
 
 use super::report::{Report, Row};
 use super::stats::Spread;
+use super::targets::{Check, Verdict};
 
 /// Looks in vain for each request, below which the client is at its limit.
 const CLIENT_BOUND: f64 = 0.1;
+
+/// What the signs in the tables mean.
+pub(super) const LEGEND: &str = "\
+* the client was at its limit: a faster server would have shown little of it
+± % half of the way from the slowest round to the fastest; × peer, × native: IOPS over qemu-storage-daemon's and over
+those of an io_uring on the device (on the file where a device cannot be given the workload), round by round
+others %: the machine's CPU time that is neither the client's, the server's, kernel workers' nor interrupts'";
 
 /// Columns of text; the first ones of words, the others of numbers.
 #[derive(Debug, Clone)]
@@ -110,7 +118,9 @@ pub(super) fn tables(report: &Report) -> Vec<Table> {
 fn targets(report: &Report) -> Table {
     let head = ["target", "found", "rounds", "must", "goal", "verdict"];
     let mut table = Table::new("Targets", 1, &head);
-    for check in &report.checks {
+    let measured =
+        |check: &&Check| report.environment.whole || check.verdict != Verdict::NotMeasured;
+    for check in report.checks.iter().filter(measured) {
         let [found, rounds] = spread(check.value);
         let verdict = check.verdict.name().to_owned();
         let name = check.name.clone();

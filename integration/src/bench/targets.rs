@@ -205,8 +205,9 @@ fn neighbour(report: &Report) -> Option<Spread> {
     Spread::of_ratios(&own.p99_rounds, &other.p99_rounds)
 }
 
-/// The last line of the bench, and whether all is well. `whole`: everything was to be measured, and what was not is missing.
-pub(super) fn verdict(report: &Report, whole: bool) -> (String, bool) {
+/// The last line of the bench, and whether all is well. In a whole run what was not measured is missing.
+pub(super) fn verdict(report: &Report) -> (String, bool) {
+    let whole = report.environment.whole;
     let missed = report.checks.iter().filter_map(|check| match (check.verdict, check.value) {
         (Verdict::Missed, Some(value)) => {
             Some(format!("{} = {:.2} (must be {})", check.name, value.median, check.must_text()))

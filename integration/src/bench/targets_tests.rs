@@ -9,8 +9,14 @@ fn judged(spoil: impl FnOnce(&mut Report)) -> (Report, String, bool) {
     spoil(&mut report);
     report.compare();
     report.checks = checks(&report);
-    let (line, ok) = verdict(&report, true);
+    let (line, ok) = verdict(&report);
     (report, line, ok)
+}
+
+/// The same report of a run that was to measure only some of it.
+fn partial(mut report: Report) -> Report {
+    report.environment.whole = false;
+    report
 }
 
 /// The row of a subject under a workload.
@@ -31,7 +37,7 @@ fn when_every_goal_is_reached_it_says_so() {
         ok && line.starts_with("bench: ok (goals=20, musts=0, short=0, not_measured=0"),
         "{line}"
     );
-    assert!(verdict(&report, false).0.starts_with("bench: partial"));
+    assert!(verdict(&partial(report)).0.starts_with("bench: partial"));
 }
 
 #[test]
@@ -80,7 +86,7 @@ fn short_of_a_goal_without_a_must_is_no_failure() {
 fn what_was_not_measured_fails_a_whole_run_only() {
     let (report, line, ok) = judged(|r| r.extents.clear());
     assert!(!ok && line.contains("IOPS of 1 M extents / of 1, read QD32: not measured"), "{line}");
-    let (line, ok) = verdict(&report, false);
+    let (line, ok) = verdict(&partial(report));
     assert!(ok && line.contains("not_measured=1"), "{line}");
     // Fewer extents than a million are not a million.
     let (_, line, ok) = judged(|r| r.extents[1].extents = 500_000);
@@ -91,7 +97,7 @@ fn what_was_not_measured_fails_a_whole_run_only() {
 fn what_went_wrong_fails_any_run() {
     let (report, line, ok) = judged(|r| r.failures.push("devices: too many".to_owned()));
     assert!(!ok && line == "bench: failed: devices: too many", "{line}");
-    assert!(!verdict(&report, false).1);
+    assert!(!verdict(&partial(report)).1);
 }
 
 #[test]

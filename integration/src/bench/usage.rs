@@ -56,9 +56,9 @@ pub(super) fn cpu_ns(pid: u32) -> io::Result<u64> {
 /// What the whole machine had done at some moment; nanoseconds, over all CPUs.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Machine {
-    /// Not idle, interrupts and other guests of the hypervisor included.
+    /// In processes and kernel threads.
     pub(super) busy_ns: f64,
-    /// Idle or busy.
+    /// All of it: also idle, in interrupts, or taken away.
     pub(super) all_ns: f64,
     /// Taken away by the hypervisor.
     pub(super) stolen_ns: f64,
@@ -88,7 +88,7 @@ impl Machine {
     }
 
     /// The percentage of the machine's time that neither the client, nor a server that used `server_ns`, nor kernel workers
-    /// account for: other processes, and interrupts.
+    /// account for: other processes.
     pub(super) fn others_percent(self, server_ns: f64) -> f64 {
         let ours = self.client_ns + self.kworkers_ns + server_ns;
         percent((self.busy_ns - ours).max(0.0), self.all_ns)
@@ -112,7 +112,7 @@ fn cpus() -> Machine {
         line.split_whitespace().skip(1).take(8).filter_map(|t| t.parse().ok()).collect();
     let at = |index: usize| ticks.get(index).copied().unwrap_or(0.0) * TICK_NS;
     let all: f64 = ticks.iter().sum::<f64>() * TICK_NS;
-    Machine { busy_ns: all - at(3) - at(4), all_ns: all, stolen_ns: at(7), ..Machine::default() }
+    Machine { busy_ns: at(0) + at(1) + at(2), all_ns: all, stolen_ns: at(7), ..Machine::default() }
 }
 
 fn kworkers_ns() -> io::Result<u64> {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Many devices on one host: their memory, their threads, and what the same load costs when it is spread over all of them.
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::process::Command;
@@ -105,9 +106,18 @@ pub(in crate::bench) fn devices_in_one(
             format!("[[device]]\nblk-file = {image:?}\nsocket-path = {socket:?}\n")
         });
         std::fs::write(&config, texts.collect::<String>())?;
+        let log = place.sockets.join("server.log");
         let mut command = Command::new(ground.program());
-        let server = Started::new(command.arg("--config").arg(&config))?;
-        wait::until("the sockets", LIMIT, || sockets.iter().all(|s| s.exists()).then_some(()))?;
+        command.arg("--config").arg(&config).stderr(File::create(&log)?);
+        let mut server = Started::new(&mut command)?;
+        let ready = wait::until("the sockets", LIMIT, || match server.has_ended() {
+            Ok(false) => sockets.iter().all(|socket| socket.exists()).then_some(Ok(())),
+            _ => Some(Err(io::Error::other("it has ended"))),
+        });
+        ready.and_then(|ended| ended).map_err(|error| {
+            let said = std::fs::read_to_string(&log).unwrap_or_default();
+            io::Error::other(format!("extentd --config: {error}: {}", said.trim()))
+        })?;
         rows.push(measure(Subject::ExtentdDirect, &[server.pid()], &sockets, timing)?);
         server.end()?;
     }

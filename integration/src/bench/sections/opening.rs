@@ -67,15 +67,20 @@ fn sparse(path: &Path, size: u64) -> io::Result<PathBuf> {
 pub(super) struct Started(Child);
 
 impl Started {
-    /// Runs `command`, silently.
+    /// Runs `command`; where its errors go is the caller's business.
     pub(super) fn new(command: &mut Command) -> io::Result<Started> {
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.stdin(Stdio::null()).stdout(Stdio::null());
         command.spawn().map(Started).map_err(context(format!("{command:?}")))
     }
 
     /// The process id.
     pub(super) fn pid(&self) -> u32 {
         self.0.id()
+    }
+
+    /// Whether it has ended by itself.
+    pub(super) fn has_ended(&mut self) -> io::Result<bool> {
+        Ok(self.0.try_wait()?.is_some())
     }
 
     /// Asks it to end and waits for that.
@@ -101,12 +106,13 @@ fn open_once(ground: &Ground, image: &Path) -> io::Result<f64> {
     let socket = ground.sockets().join("opening.sock");
     let mut command = Command::new(ground.program());
     command.arg("--blk-file").arg(image).arg("--socket-path").arg(&socket);
+    command.stderr(Stdio::null());
     let start = Instant::now();
     let mut daemon = Started::new(&mut command)?;
     let mut stream = loop {
         match UnixStream::connect(&socket) {
             Ok(stream) => break stream,
-            Err(_) if start.elapsed() > LIMIT || daemon.0.try_wait()?.is_some() => {
+            Err(_) if start.elapsed() > LIMIT || daemon.has_ended()? => {
                 return Err(io::Error::other(format!("extentd does not open {}", image.display())));
             }
             Err(_) => sleep(Duration::from_micros(100)),
