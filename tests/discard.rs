@@ -358,7 +358,11 @@ fn a_reader_gets_in_while_1_gib_is_zeroed() {
     for done in queue.drain().unwrap() {
         done.result.unwrap();
     }
-    assert_eq!(daemon.status().unwrap().number("lease_breaks"), 1);
+    let status = daemon.status().unwrap();
+    assert_eq!(status.number("lease_breaks"), 1);
+    // The disk may be so quick that the reader proves nothing: no operation is longer than 4 MiB (R17).
+    let pieces = status.number("segments/direct") + status.number("segments/file");
+    assert!(pieces >= size / (4 * MIB), "1 GiB of zeros in {pieces} pieces");
     for offset in (0..size).step_by(37 << 20) {
         assert!(client.read_at(offset, 128 << 10).unwrap().iter().all(|byte| *byte == 0));
     }

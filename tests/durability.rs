@@ -163,10 +163,11 @@ fn a_guest_turns_its_cache_off_and_on() {
     let many = |front: &mut Frontend| (0..20).filter(|_| write(front)).count();
     for _ in 0..2 {
         assert!(many(&mut front) < 15, "flushed behind a cache");
-        let before = disk.counts().flushes;
+        let before = bed.daemon.status().unwrap().number("flush/requests");
         front.wire.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
-        // What was written until now is made durable at the switch.
-        until("a flush", PATIENCE, || (disk.counts().flushes > before).then_some(())).unwrap();
+        // What was written until now is made durable at the switch, not at the next request.
+        let asked = |status: &Status| status.number("flush/requests") > before;
+        bed.daemon.await_status("a flush", PATIENCE, asked).unwrap();
         assert_eq!(many(&mut front), 20, "of 20 writes without a cache were flushed");
         front.wire.set_config(32, VhostUserConfigFlags::WRITABLE, &[1]).unwrap();
     }
