@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vhost::VhostBackend;
-use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::Bytes;
@@ -388,6 +388,30 @@ fn a_bell_that_rings_late_is_silenced() {
         assert!(Instant::now() < end);
     }
     late();
+}
+
+/// The crate is woken for a ring that was enabled, and finds that it was stopped again: it does not call the
+/// worker then, which has to hear its mail all the same.
+#[test]
+fn a_ring_that_is_stopped_as_soon_as_it_is_enabled_is_drained() {
+    let (server, _file) = Server::of_file(4, 1);
+    let mut guest = Guest::new(server.connect(), 4, 0);
+    guest.start();
+    for round in 0..500_u16 {
+        let queue = usize::from(round % 4);
+        // No answer is waited for between the two.
+        guest.front.set_hdr_flags(VhostUserHeaderFlag::empty());
+        guest.front.set_vring_enable(queue, false).unwrap();
+        guest.front.set_vring_enable(queue, true).unwrap();
+        let base = guest.front.get_vring_base(queue).unwrap();
+        guest.front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        guest.set_ring(queue, u16::try_from(base).unwrap());
+        guest.front.set_vring_kick(queue, &guest.queues[queue].kick).unwrap();
+        guest.front.set_vring_call(queue, &guest.queues[queue].call).unwrap();
+        guest.front.set_vring_enable(queue, true).unwrap();
+    }
+    guest.read(0, 0, 0, 512);
+    guest.wait(0);
 }
 
 #[test]

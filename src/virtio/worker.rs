@@ -185,7 +185,14 @@ impl<D: Disk> Worker<D> {
 
     /// The crate's epoll set had something, perhaps our mail.
     pub(crate) fn event(&mut self, vrings: &[Vring]) {
-        if self.disk.is_none() {
+        if self.disk.is_some() {
+            // See `leave`.
+            let _ = self.handler.unregister_listener(
+                self.mailbox.as_raw_fd(),
+                EventSet::IN,
+                mailbox_token(self.backend.num_queues()),
+            );
+        } else {
             // The mailbox is back in the set, and heard by its level. Whether it looks rung or not: a post
             // rings in two steps, and one that we saw between them, awake, rings for mail that we have read.
             self.mailbox.silence();
@@ -208,7 +215,7 @@ impl<D: Disk> Worker<D> {
                 }
                 return;
             };
-            if disk.heard_at(CRATE) {
+            if disk.heard_at(CRATE) && self.leave() {
                 return self.enter();
             }
             if heard || full || settled || self.look(vrings) || self.arm(vrings) {
@@ -217,6 +224,18 @@ impl<D: Disk> Worker<D> {
                 self.sleep();
             }
         }
+    }
+
+    /// Makes the crate come back to us, and says whether it will. It need not have anything for us by now: what it was
+    /// woken for may have been taken back meanwhile. So the bell goes into its epoll set: nobody reads it while there is
+    /// a ring, and it has been rung at least once, so it is heard there at once.
+    fn leave(&self) -> bool {
+        let (bell, token) = (self.mailbox.as_raw_fd(), mailbox_token(self.backend.num_queues()));
+        let result = self.handler.register_listener(bell, EventSet::IN, token);
+        if let Err(error) = &result {
+            tracing::error!(worker = self.id.0, %error, "the mailbox cannot be watched");
+        }
+        result.is_ok()
     }
 
     /// Looks for something to do for as long as that pays. True if there is something.

@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The mailbox, and what waits for requests to end (R22).
 
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use vmm_sys_util::epoll::EventSet;
-
-use super::{Disk, Mail, Worker, mailbox_token};
+use super::{Disk, Mail, Worker};
 use crate::inbox::Event;
 use crate::virtio::Memory;
 use crate::virtio::notify::Notifier;
@@ -146,10 +143,7 @@ impl<D: Disk> Worker<D> {
         }
         self.disk = None;
         // Mail comes by the crate's epoll set again.
-        let (bell, token) = (self.mailbox.as_raw_fd(), mailbox_token(self.backend.num_queues()));
-        if let Err(error) = self.handler.register_listener(bell, EventSet::IN, token) {
-            tracing::error!(worker = self.id.0, %error, "a finished worker cannot hear its mail");
-        }
+        self.leave();
         // R13: what was written since the last flush is still owed to the next session's.
         self.engine.retire();
         self.post_messages();

@@ -18,10 +18,16 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(super) const BREATH: Duration = Duration::from_millis(2);
 
 impl Ring {
-    /// Whether [`reap`](crate::engine::Io::reap) would find something, now or after an
-    /// [`enter`](Self::enter). No system call: fit for spinning.
+    /// Whether [`reap`](crate::engine::Io::reap) would find something. No system call, unless the kernel says that it
+    /// holds completions back: fit for spinning.
+    ///
+    /// It sets that flag after it has queued the work. If the work was done in between, the flag stays set with
+    /// nothing behind it, so it alone is no answer.
     pub fn has_completions(&mut self) -> bool {
-        !self.failed.is_empty() || !self.uring.0.completion().is_empty() || self.has_task_work()
+        if self.has_task_work() {
+            self.submit_queued();
+        }
+        !self.failed.is_empty() || !self.uring.0.completion().is_empty()
     }
 
     /// Hands what is queued to the kernel and lets it finish what has completed; does not wait.
@@ -52,7 +58,10 @@ impl Ring {
             return self.enter();
         }
         if self.broken.is_some() {
-            self.doze();
+            // What the kernel has in flight still ends, inside a call.
+            if !matches!(self.call(0, 1, Some(BREATH)), Ok(_) | Err(libc::ETIME)) {
+                self.doze();
+            }
             return self.tell();
         }
         let rest = self.uneasy.then_some(BREATH);
@@ -75,6 +84,11 @@ impl Ring {
 
     /// Enters until the kernel has taken everything queued, or takes nothing more for now.
     pub(super) fn submit_queued(&mut self) {
+        if self.broken.is_some() {
+            // Nothing is submitted any more: what stands in the queue has been answered.
+            let _ = self.call(0, 0, None);
+            return;
+        }
         for _ in 0..ENTER_TRIES {
             match self.call(self.queued.len(), 0, None) {
                 Ok(taken) => self.took(taken),

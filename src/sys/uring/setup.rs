@@ -72,7 +72,7 @@ impl TaskRun {
 /// # Errors
 ///
 /// `EINVAL` if `ops` is 0 or beyond what a ring can hold; `EOPNOTSUPP` if the kernel is older than
-/// 5.11; else what the kernel said.
+/// 6.0; else what the kernel said.
 pub(super) fn ring(ops: u32, files: Files<'_>, ways: &[TaskRun]) -> io::Result<(IoUring, TaskRun)> {
     if ops == 0 || ops > MAX_OPS {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -90,7 +90,9 @@ pub(super) fn ring(ops: u32, files: Files<'_>, ways: &[TaskRun]) -> io::Result<(
     // filesystem file writes would keep all of them, and raw I/O that needs one too would never end:
     // nor would a lease break, which waits for it (R2). A kernel before 5.15 cannot be told.
     let _ = submitter.register_iowq_max_workers(&mut [ops, 0]);
-    submitter.register_restrictions(&mut restrictions())?;
+    // A kernel that does not know what is allowed here is older than 6.0.
+    let unknown = |_| io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+    submitter.register_restrictions(&mut restrictions()).map_err(unknown)?;
     submitter.register_enable_rings()?;
     Ok((uring, task_run))
 }

@@ -75,6 +75,10 @@ impl Ring {
         let at = u32::try_from(FIRST_WATCHED + place).map_err(|_| invalid())?;
         let raw = fd.unwrap_or(NO_FILE);
         self.uring.0.submitter().register_files_update(at, &[raw])?;
+        // Kernels before 6.13 let go of files in the order they were replaced in, and so of none as long as
+        // an older poll goes on. So all of them begin anew.
+        (0..self.watches.len()).for_each(|place| self.disarm(place));
+        let watch = self.watches.get_mut(place).ok_or_else(invalid)?;
         watch.open = fd.is_some();
         self.uneasy = true;
         Ok(())
@@ -87,7 +91,7 @@ impl Ring {
 
     /// Queues a poll for every watch that has none.
     pub(super) fn arm_watches(&mut self) {
-        if !std::mem::take(&mut self.uneasy) {
+        if self.broken.is_some() || !std::mem::take(&mut self.uneasy) {
             return;
         }
         for place in 0..self.watches.len() {
@@ -128,20 +132,22 @@ impl Ring {
         }
     }
 
-    /// Takes a poll back from the kernel. It says so by an entry of its own, later.
+    /// Takes a poll back from the kernel. It says so by an entry of its own, later: one of a generation that is gone.
     fn disarm(&mut self, place: usize) {
         let Some(watch) = self.watches.get_mut(place).filter(|watch| watch.armed) else { return };
         watch.armed = false;
         let which = CancelBuilder::user_data(watch.user_data(place));
+        watch.generation = watch.generation.wrapping_add(1);
         // On kernels before 6.0 it goes on until the ring is closed, and is no longer listened to.
         let _ = self.uring.0.submitter().register_sync_cancel(None, which);
     }
 
-    /// Takes all polls back; whether none is left.
+    /// Takes all polls back, and whatever else is in flight; whether none is left. For a ring that is idle.
     pub(super) fn disarm_all(&mut self) -> bool {
         /// Cancelled polls end with the next enter; this many are more than enough.
         const TRIES: u32 = 16;
-        (0..self.watches.len()).for_each(|place| self.disarm(place));
+        let _ = self.uring.0.submitter().register_sync_cancel(None, CancelBuilder::any());
+        self.watches.iter_mut().for_each(|watch| watch.armed = false);
         for _ in 0..TRIES {
             while let Some(entry) = self.next_entry() {
                 self.accept(&entry);
