@@ -10,8 +10,8 @@ NAME=boot
 . integration/lib/common.sh
 # shellcheck source=integration/packages.sh
 . integration/packages.sh
-# shellcheck source=integration/lib/guest.sh
-. integration/lib/guest.sh
+# shellcheck source=integration/lib/initramfs.sh
+. integration/lib/initramfs.sh
 
 find_cargo
 install_packages "${PACKAGES_BOOT[@]}"
@@ -20,5 +20,7 @@ cargo build --release --locked --quiet --package extentd || fail "cargo build fa
 target=$(target_directory)
 guest=${target:?}/guest
 fetch_guest_kernel "$guest"
-build_guest_initramfs "$guest" resources/guest/init
+begin_initramfs "$guest" boot resources/guest/init
+add_modules "$guest" "${MODULES_BOOT[@]}"
+pack_initramfs
 as_root integration/lib/boot-guest.sh "$target/release" "$guest" || exit

@@ -6,6 +6,9 @@
 # What a boot needs besides QEMU.
 # shellcheck disable=SC2034
 PACKAGES_BOOT=(gcc libc6-dev pkg-config e2fsprogs busybox-static cpio kmod util-linux mount xz-utils zstd)
+# What the guest of guest.sh works with, and what it leaves is checked with.
+# shellcheck disable=SC2034
+PACKAGES_GUEST=("${PACKAGES_BOOT[@]}" fio xfsprogs cryptsetup-bin)
 # What the tests make their images and disks with, and what checks these scripts.
 # shellcheck disable=SC2034
 PACKAGES_TEST=("${PACKAGES_BOOT[@]}" xfsprogs btrfs-progs shellcheck kcov)

@@ -55,8 +55,8 @@ install_tools() {
 }
 
 check_scripts() {
-    shellcheck --external-sources integration/*.sh integration/lib/*.sh .ci/run &&
-        shellcheck --shell=sh resources/guest/init
+    shellcheck --external-sources integration/*.sh integration/lib/*.sh integration/scenarios/*.sh .ci/run &&
+        shellcheck --external-sources --shell=sh resources/guest/*
 }
 
 check_documentation() {
@@ -115,5 +115,6 @@ step "power cuts and kills" crash_hosts
 step "power cuts notice a missing fdatasync" crash_mutant no-metadata-fsync
 step "the canary notices a discard that does not wait" crash_mutant no-drain
 step "guest" integration/boot.sh
+step "what a guest may do" integration/guest.sh
 step "nothing left behind" nothing_left
 say "ok (steps=$steps, seconds=$((SECONDS - STARTED)))"

@@ -4,10 +4,11 @@
 
 say() { printf '%s: %s\n' "$NAME" "$*"; }
 
-# Ends the script with the one line that says what went wrong; it is always the last one.
+# Ends the script with the one line that says what went wrong; it is always the last one. It names the scenario,
+# where there is one.
 fail() {
     on_failure
-    printf '%s: FAILED: %s\n' "$NAME" "${*//$'\n'/ }"
+    printf '%s: FAILED: %s\n' "$NAME" "${SCENARIO:+$SCENARIO: }${*//$'\n'/ }"
     exit 1
 }
 
