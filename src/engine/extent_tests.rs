@@ -34,11 +34,16 @@ fn check(map: &ExtentMap, oracle: &Oracle, blocks: u64) {
     let mut hint = Hint::default();
     // Backwards first, so that the hint is wrong half of the time.
     for block in (0..blocks).rev().chain(0..blocks) {
-        let at = block * BLOCK + 17;
-        let found = map.lookup(at, &mut hint);
-        let seen =
-            found.map(|e| (e.state, if e.has_place() { (e.place(at).0 - 17) / BLOCK } else { 0 }));
-        assert_eq!(seen, oracle.get(&block).copied(), "block {block}");
+        // The first byte and the last: an extent that is taken to reach one further has wrong places.
+        for inside in [0, 17, BLOCK - 1] {
+            let at = block * BLOCK + inside;
+            let found = map.lookup(at, &mut hint);
+            assert!(found.is_none_or(|e| e.range.start <= at && at < e.range.end));
+            let place = |e: Extent| if e.has_place() { e.place(at).0 - inside } else { 0 };
+            let seen = found.map(|e| (e.state, place(e)));
+            let expected = oracle.get(&block).map(|(state, place)| (*state, place * BLOCK));
+            assert_eq!(seen, expected, "block {block}, byte {inside}");
+        }
     }
     let list: Vec<Extent> = map.iter().collect();
     assert_eq!(list.len(), map.len());

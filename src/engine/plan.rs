@@ -88,11 +88,17 @@ pub fn need(view: &View, g: &Geometry, access: Access, rest: FileRange, hint: &m
         let whole = file_unit(g, rest, u64::from(g.fs_block)) == rest;
         return if access.write && !whole { Need::Lock } else { Need::Nothing };
     }
-    let mut lock = access.write && !rest.aligned(u64::from(g.dev_block));
+    if !access.write {
+        // A read goes piece by piece, whatever comes later: were all of it looked at before each piece, a guest could
+        // keep a worker busy for seconds with one long read of many small extents.
+        let known = view.map.lookup(rest.start, hint).is_some();
+        return if known { Need::Nothing } else { Need::Map };
+    }
+    let mut lock = !rest.aligned(u64::from(g.dev_block));
     let mut at = rest.start;
     while at < rest.end {
         let Some(extent) = view.map.lookup(at, hint) else { return Need::Map };
-        lock |= access.write && !(extent.state == State::Mapped || access.is_there(extent.state));
+        lock |= !(extent.state == State::Mapped || access.is_there(extent.state));
         at = extent.range.end;
     }
     if lock { Need::Lock } else { Need::Nothing }

@@ -145,6 +145,23 @@ fn what_is_not_cached_is_asked_for_before_a_lock_is() {
     assert_eq!(ask(16384, 20480), Need::Map);
 }
 
+/// However much of it is still to come: many small extents must not be walked through before each piece.
+#[test]
+fn a_read_needs_no_more_than_its_beginning() {
+    let g = geometry(4096, 512, 1 << 20);
+    let mut view =
+        view(Mode::Direct, 4096, &[State::Hole, State::Mapped, State::Shared, State::Opaque]);
+    view.map.remove(FileRange::new(8192, 12288));
+    let access = Access { write: false, zeroes: false, locked: false, mem_aligned: true, base: 0 };
+    let mut hint = Hint::default();
+    let mut ask = |start, end| need(&view, &g, access, FileRange::new(start, end), &mut hint);
+    assert_eq!(ask(0, 16384), Need::Nothing);
+    assert_eq!(ask(4096 + 512, 16384), Need::Nothing);
+    assert_eq!(ask(8192, 16384), Need::Map);
+    assert_eq!(ask(12288, 20480), Need::Nothing);
+    assert_eq!(ask(16384, 20480), Need::Map);
+}
+
 /// A file of 4096 + 700 bytes: the guest sees one sector of its last block, and what lies behind that is never transferred.
 #[test]
 fn a_file_that_ends_inside_a_sector() {
