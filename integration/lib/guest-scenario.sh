@@ -77,6 +77,11 @@ zeros_on_host() {
     cmp -s -n $(($2 << 20)) -i $(($1 << 20)):0 "$image" /dev/zero || fail "the host does not read zeros in the $2 MiB from MiB $1"
 }
 
+# same_on_host MIB SUM: the first so many of the image are what the guest's disk_sum read.
+same_on_host() {
+    [ "$(head -c "$1M" "$image" | md5sum)" = "$2  -" ] || fail "the host reads other bytes than the guest wrote"
+}
+
 # note WORD...: into the log, which says when things happened.
 note() { printf '%(%T)T %s\n' -1 "$*" >>"$work/guest.log"; }
 
@@ -85,7 +90,8 @@ converse() {
     local deadline=$((SECONDS + LIMIT_SECONDS)) line="" part over=
     ok=
     while :; do
-        if read -r -t 0.2 part <&"$from_guest"; then
+        # Not all of a line may be there yet.
+        if read -r part <&"$from_guest"; then
             line+=$part
             note "$line"
             heard "$line"
@@ -98,6 +104,7 @@ converse() {
         ! gone "$qemu" || over=1
         ! gone "$daemon" || fail "extentd ended under the guest"
         [ "$SECONDS" -lt "$deadline" ] || fail "the guest was not done after $LIMIT_SECONDS s"
+        sleep 0.1
     done
     await_qemu 1
     [ -n "$ok" ] || fail "the guest ended before it was done"
@@ -118,11 +125,12 @@ heard() {
 }
 
 start_guest() {
-    mkfifo "$work/talk.in" "$work/talk.out"
-    # Open both ways, so that neither end waits for the other.
-    exec {to_guest}<>"$work/talk.in" {from_guest}<>"$work/talk.out"
+    mkfifo "$work/to-guest"
+    touch "$work/from-guest"
+    # The first open both ways, so that neither end waits for the other.
+    exec {to_guest}<>"$work/to-guest" {from_guest}<"$work/from-guest"
     start_qemu "$guest/vmlinuz" "$guest/scenarios.initramfs" "scenario=$SCENARIO half=$half" "$CPUS" "$MEMORY_MIB" "$QUEUES" \
-        -chardev "pipe,id=talk,path=$work/talk" -serial chardev:talk "${QEMU_OPTIONS[@]}"
+        -chardev "file,id=talk,path=$work/from-guest,input-path=$work/to-guest" -serial chardev:talk "${QEMU_OPTIONS[@]}"
 }
 
 check_status() {
