@@ -43,4 +43,4 @@ done
 touch /tmp/enough
 wait $writer
 at flipped $flips
-at sum "$(dd if=/dev/vda bs=1M iflag=direct 2>/dev/null | sha256sum | cut -d ' ' -f 1)"
+at sum "$(disk_sum 80)"

@@ -35,4 +35,4 @@ must mount -t ext4 /dev/mapper/plain /disk
 grep -qF "$mark" /disk/marked || die "the mark is not in the file"
 must umount /disk
 must cryptsetup close plain
-at closed "$(dd if=/dev/vda bs=1M iflag=direct 2>/dev/null | sha256sum | cut -d ' ' -f 1)" "$mark"
+at closed "$(disk_sum 192)" "$mark"

@@ -17,4 +17,4 @@ run_fio trims --filename=/dev/vda --numjobs=4 --offset_increment=16m --size=8m -
     --verify=crc32c --verify_fatal=1 --trim_percentage=30 --trim_verify_zero=1 --trim_backlog=64
 run_fio mixed --filename=/dev/vda --numjobs=4 --offset=64m --offset_increment=16m --size=16m --iodepth=16 --rw=randrw \
     --bsrange=512-64k --blockalign=512 --verify=crc32c --verify_fatal=1
-at written "$(dd if=/dev/vda bs=1M count=128 iflag=direct 2>/dev/null | sha256sum | cut -d ' ' -f 1)"
+at written "$(disk_sum 128)"
