@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A worker thread's mailbox: a channel plus an eventfd that its epoll watches.
+//! A worker thread's mailbox: a channel plus an eventfd, its bell. The worker's ring watches it or, while there
+//! is no ring, the crate's epoll set does.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
