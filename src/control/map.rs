@@ -191,6 +191,7 @@ mod tests {
             fs_block: 4096,
             file_align: 512,
             dev_block: 512,
+            write_block: 512,
             mem_align: 512,
             bounce_bytes: 4096,
             bounce_slots: 1,

@@ -50,6 +50,10 @@ pub struct Geometry {
     pub file_align: u32,
     /// The device's logical block size in bytes: the same for raw access.
     pub dev_block: u32,
+    /// What raw writes are made in whole multiples of, in bytes: the block size of the device's own page cache, from `dev_block`
+    /// to `fs_block`. Where a page of that cache cannot go, the kernel turns a direct write into a buffered one, which
+    /// rewrites a whole block from what the page holds (ADR 0004).
+    pub write_block: u32,
     /// What guest addresses and lengths must be multiples of to be used without bouncing.
     pub mem_align: u32,
     /// Size of a bounce buffer; at least `fs_block` and `dev_block`.

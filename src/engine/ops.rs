@@ -265,12 +265,24 @@ impl Worker {
                 return self.bounce_zeroes(io, op.tag, op.piece.range);
             }
             Ok(bytes) if bytes == left => return self.half_done(io, id, op),
-            Ok(bytes) if bytes > 0 && bytes < left => op.done += bytes,
+            Ok(bytes) if bytes > 0 && bytes < left && self.moved_on(&mut op, bytes) => {}
             Err(_) if again(result) && op.retries < RETRIES => op.retries += 1,
             // An error, nothing at all, or more than was asked for.
             _ => return self.piece_end(io, id, &op, false),
         }
         self.go_on(io, id, op);
+    }
+
+    /// Takes in `bytes` of a transfer that ended early. A raw write goes on at a whole block of the device's cache, and
+    /// gives up if it never gets that far.
+    fn moved_on(&self, op: &mut PieceOp, bytes: u32) -> bool {
+        let before = op.done;
+        op.done += bytes;
+        if op.write && !op.read_first && op.device().is_some() {
+            op.done -= op.done % self.geometry.write_block;
+        }
+        op.retries += u8::from(op.done == before);
+        op.done > before || op.retries < RETRIES
     }
 
     /// Submits the rest of a half, if the lease still allows it.

@@ -94,7 +94,7 @@ pub fn need(view: &View, g: &Geometry, access: Access, rest: FileRange, hint: &m
         let known = view.map.lookup(rest.start, hint).is_some();
         return if known { Need::Nothing } else { Need::Map };
     }
-    let mut lock = !rest.aligned(u64::from(g.dev_block));
+    let mut lock = !rest.aligned(u64::from(g.write_block));
     let mut at = rest.start;
     while at < rest.end {
         let Some(extent) = view.map.lookup(at, hint) else { return Need::Map };
@@ -124,7 +124,8 @@ pub fn next_piece(
     let run = FileRange::new(run.start, run.end.min(run.start + MAX_PIECE));
     match (extent.state, access.write) {
         (State::Mapped, _) | (State::Shared, false) => {
-            let unit = unit_of(run, u64::from(g.dev_block), u64::MAX);
+            let block = if access.write { g.write_block } else { g.dev_block };
+            let unit = unit_of(run, u64::from(block), u64::MAX);
             // The keeper caches whole blocks only, so a block lies in one extent. Were it ever
             // otherwise, the file knows better than an extrapolated address.
             let inside = extent.range.contains(&unit);

@@ -9,12 +9,13 @@ use crate::engine::extent::ExtentMap;
 
 const BLOCKS: u64 = 24;
 
-fn geometry(fs_block: u32, dev_block: u32, file_size: u64) -> Geometry {
+fn geometry(fs_block: u32, (dev_block, write_block): (u32, u32), file_size: u64) -> Geometry {
     Geometry {
         file_size,
         fs_block,
         file_align: 512,
         dev_block,
+        write_block,
         mem_align: 512,
         bounce_bytes: 8192,
         bounce_slots: 2,
@@ -53,13 +54,13 @@ proptest! {
         states in prop::collection::vec(state(), BLOCKS as usize),
         write in any::<bool>(),
         mem_aligned in any::<bool>(),
-        big_sectors in any::<bool>(),
+        (dev_block, write_block) in prop_oneof![Just((512, 512)), Just((512, 4096)), Just((4096, 4096))],
         start in 0..BLOCKS * 8 - 1,
         sectors in 1u64..100,
     ) {
-        let (fs_block, dev_block) = (4096u64, if big_sectors { 4096 } else { 512 });
+        let fs_block = 4096u64;
         let size = BLOCKS * fs_block - 1024;
-        let g = geometry(4096, dev_block, size);
+        let g = geometry(4096, (dev_block, write_block), size);
         let mode = if direct { Mode::Direct } else { Mode::Filesystem };
         // The last block of the file is cut short, so it is never raw.
         let mut states = states;
@@ -99,7 +100,7 @@ proptest! {
                 }
             }
             let unit = match piece.route {
-                Route::Device(_) => u64::from(dev_block),
+                Route::Device(_) => u64::from(if write { write_block } else { dev_block }),
                 Route::File if write => fs_block,
                 Route::File | Route::Zero => 512,
             };
@@ -115,15 +116,17 @@ proptest! {
         states in prop::collection::vec(state(), BLOCKS as usize),
         start in 0..BLOCKS * 8 - 1,
         sectors in 1u64..40,
+        write_block in prop_oneof![Just(512), Just(4096)],
     ) {
-        let g = geometry(4096, 512, BLOCKS * 4096);
+        let g = geometry(4096, (512, write_block), BLOCKS * 4096);
         let mode = if direct { Mode::Direct } else { Mode::Filesystem };
         let view = view(mode, 4096, &states);
         let all = FileRange::new(start * 512, (start * 512 + sectors * 512).min(BLOCKS * 4096));
         let access = Access { write: true, zeroes: false, locked: false, mem_aligned: true, base: 0 };
         let free = if direct {
             let blocks = all.start / 4096..all.end.div_ceil(4096);
-            blocks.into_iter().all(|b| states[b as usize] == State::Mapped)
+            all.aligned(u64::from(write_block))
+                && blocks.into_iter().all(|b| states[b as usize] == State::Mapped)
         } else {
             all.aligned(4096)
         };
@@ -134,7 +137,7 @@ proptest! {
 
 #[test]
 fn what_is_not_cached_is_asked_for_before_a_lock_is() {
-    let g = geometry(4096, 512, 1 << 20);
+    let g = geometry(4096, (512, 512), 1 << 20);
     let mut view = view(Mode::Direct, 4096, &[State::Hole; 4]);
     view.map.remove(FileRange::new(8192, 12288));
     let access = Access { write: true, zeroes: false, locked: false, mem_aligned: true, base: 0 };
@@ -148,7 +151,7 @@ fn what_is_not_cached_is_asked_for_before_a_lock_is() {
 /// However much of it is still to come: many small extents must not be walked through before each piece.
 #[test]
 fn a_read_needs_no_more_than_its_beginning() {
-    let g = geometry(4096, 512, 1 << 20);
+    let g = geometry(4096, (512, 512), 1 << 20);
     let mut view =
         view(Mode::Direct, 4096, &[State::Hole, State::Mapped, State::Shared, State::Opaque]);
     view.map.remove(FileRange::new(8192, 12288));
@@ -165,7 +168,7 @@ fn a_read_needs_no_more_than_its_beginning() {
 /// A file of 4096 + 700 bytes: the guest sees one sector of its last block, and what lies behind that is never transferred.
 #[test]
 fn a_file_that_ends_inside_a_sector() {
-    let g = geometry(4096, 512, 4096 + 700);
+    let g = geometry(4096, (512, 512), 4096 + 700);
     let view = view(Mode::Direct, 4096, &[State::Mapped, State::Opaque]);
     let access = Access { write: true, zeroes: false, locked: true, mem_aligned: true, base: 0 };
     let last = FileRange::new(4096, 4096 + 512);

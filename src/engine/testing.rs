@@ -207,6 +207,7 @@ impl Rig {
             fs_block: 4096,
             file_align: 512,
             dev_block: 512,
+            write_block: 512,
             mem_align: 512,
             bounce_bytes: 8192,
             bounce_slots: 2,

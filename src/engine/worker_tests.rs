@@ -335,6 +335,7 @@ fn a_guest_cannot_make_a_break_wait_for_more_than_a_few_seconds_of_raw_io() {
         fs_block: 4096,
         file_align: 512,
         dev_block: 512,
+        write_block: 512,
         mem_align: 512,
         bounce_bytes: 8192,
         bounce_slots: 2,

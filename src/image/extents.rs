@@ -14,8 +14,8 @@ pub(super) struct Bounds {
     pub(super) device_size: u64,
     /// The filesystem's block size.
     pub(super) fs_block: u64,
-    /// The device's.
-    pub(super) dev_block: u64,
+    /// What raw writes are multiples of.
+    pub(super) write_block: u64,
 }
 
 /// What the flags say. A flag this does not know makes the extent opaque.
@@ -41,7 +41,7 @@ pub(super) fn translate(raw: &[RawExtent], range: FileRange, bounds: &Bounds) ->
         let mut state = state(extent.flags);
         let placed = matches!(state, State::Mapped | State::Shared);
         let aligned =
-            exact.aligned(bounds.fs_block) && extent.physical.is_multiple_of(bounds.dev_block);
+            exact.aligned(bounds.fs_block) && extent.physical.is_multiple_of(bounds.write_block);
         // Byte 0 of the device belongs to the filesystem itself.
         let inside = extent.physical != 0
             && extent.physical.saturating_add(extent.length) <= bounds.device_size;

@@ -3,7 +3,7 @@ use super::*;
 
 const MIB: u64 = 1 << 20;
 const BOUNDS: Bounds =
-    Bounds { file_size: 10 * MIB + 100, device_size: 64 * MIB, fs_block: 4096, dev_block: 512 };
+    Bounds { file_size: 10 * MIB + 100, device_size: 64 * MIB, fs_block: 4096, write_block: 512 };
 
 fn raw(logical: u64, physical: u64, length: u64, flags: u32) -> RawExtent {
     RawExtent { logical, physical, length, flags }

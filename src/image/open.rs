@@ -211,6 +211,7 @@ fn geometry(
         fs_block,
         file_align: align.offset,
         dev_block: align.offset,
+        write_block: align.offset,
         mem_align: align.memory,
         bounce_bytes: BOUNCE_BYTES.max(fs_block),
         bounce_slots: BOUNCE_SLOTS,
@@ -321,12 +322,14 @@ impl Image {
         let geometry = &mut self.geometry;
         geometry.dev_block = device.facts.logical_block;
         geometry.mem_align = geometry.mem_align.max(geometry.dev_block);
-        geometry.fs_block = geometry.fs_block.max(geometry.dev_block);
+        geometry.write_block = device.facts.cache_block.max(geometry.dev_block);
+        geometry.fs_block = geometry.fs_block.max(geometry.write_block);
         geometry.bounce_bytes = geometry.bounce_bytes.max(geometry.fs_block);
         let align = Alignment { offset: geometry.file_align, memory: geometry.mem_align };
-        // Blocks of the file lie at multiples of the filesystem's blocks and no better.
+        // Blocks of the file lie at multiples of the filesystem's blocks and no better; less than a raw write moves is read first.
         let mut facts = device.facts;
-        facts.physical_block = facts.physical_block.min(geometry.fs_block);
+        facts.physical_block =
+            facts.physical_block.min(geometry.fs_block).max(geometry.write_block);
         self.topology = topology(Some(&facts), align, geometry.fs_block, self.limits.base);
         self.device = Some(device);
     }

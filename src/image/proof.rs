@@ -121,7 +121,7 @@ impl Image {
             file_size: self.geometry.file_size,
             device_size: self.device.as_ref().map_or(u64::MAX, |device| device.facts.size),
             fs_block: u64::from(self.geometry.fs_block),
-            dev_block: u64::from(self.geometry.dev_block),
+            write_block: u64::from(self.geometry.write_block),
         }
     }
 

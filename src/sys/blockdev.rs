@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::ioctl::{Opcode, opcode};
 
+const BLKBSZGET: Opcode = opcode::read::<usize>(0x12, 112);
 const BLKIOMIN: Opcode = opcode::none(0x12, 120);
 const BLKIOOPT: Opcode = opcode::none(0x12, 121);
 const BLKALIGNOFF: Opcode = opcode::none(0x12, 122);
@@ -18,6 +19,8 @@ pub struct DeviceFacts {
     pub size: u64,
     /// The unit of addressing.
     pub logical_block: u32,
+    /// The unit of its page cache, which a mounted filesystem sets.
+    pub cache_block: u32,
     /// The unit it writes without a read-modify-write of its own.
     pub physical_block: u32,
     /// The smallest transfer it likes.
@@ -53,6 +56,7 @@ pub fn facts(fd: BorrowedFd<'_>) -> io::Result<DeviceFacts> {
     Ok(DeviceFacts {
         size: get_size(fd)?,
         logical_block: rustix::fs::ioctl_blksszget(fd)?,
+        cache_block: get_u32(fd, BLKBSZGET)?,
         physical_block: rustix::fs::ioctl_blkpbszget(fd)?,
         min_io: get_u32(fd, BLKIOMIN)?,
         opt_io: get_u32(fd, BLKIOOPT)?,

@@ -30,6 +30,7 @@ const GEOMETRY: Geometry = Geometry {
     fs_block: BLOCK,
     file_align: BLOCK,
     dev_block: 512,
+    write_block: 512,
     mem_align: 512,
     bounce_bytes: 64 << 10,
     bounce_slots: 8,

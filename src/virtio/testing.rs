@@ -58,6 +58,7 @@ fn geometry() -> Geometry {
         fs_block: 4096,
         file_align: 512,
         dev_block: 512,
+        write_block: 512,
         mem_align: 512,
         bounce_bytes: 64 << 10,
         bounce_slots: 8,

@@ -62,7 +62,11 @@ impl World {
 
     fn check_alignment(&mut self, flight: &InFlight, place: u64, len: u64) {
         let geometry = self.scenario.geometry;
-        let align = if flight.class.is_raw() { geometry.dev_block } else { geometry.file_align };
+        let align = match flight.class {
+            Class::RawWrite => geometry.write_block,
+            Class::RawRead => geometry.dev_block,
+            _ => geometry.file_align,
+        };
         if self.is_odd_end(flight, place) {
             return;
         }

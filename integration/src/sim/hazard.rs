@@ -46,6 +46,7 @@ hazards! {
     Zeroes "zeroing by reference",
     NoZeroes "zeroing by reference not to be had",
     NoPunch "filesystem that cannot punch",
+    FormerBlock "raw write over a page of the block's former life",
 }
 
 /// How often each was met.

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::disk::{Disk, Stamp, ZERO};
+use super::former::Former;
 use super::layout::{Layout, NOWHERE, Owner};
 use super::pagecache::{Cache, PAGE, Writeback};
 use super::rng::Rng;
@@ -26,6 +27,8 @@ pub(super) struct Host {
     pub(super) spb: usize,
     /// How often in 1000 the canary takes a freed block at once.
     pub(super) greed: u64,
+    /// The device's page cache.
+    pub(super) former: Former,
     /// Whether the filesystem flushes the disk's cache when it commits for `fsync`.
     pub(super) barriers: bool,
     /// A commit that the disk has only in its cache.
@@ -42,6 +45,7 @@ impl Host {
             cache,
             spb,
             greed,
+            former: Former::default(),
             barriers: true,
             unflushed: false,
             next_writeback: 1,
@@ -160,11 +164,16 @@ impl Host {
     /// A free place for `block`, staged.
     pub(super) fn find(&mut self, block: usize, rng: &mut Rng) -> Option<usize> {
         let near = block.checked_sub(1).map_or(NOWHERE, |b| self.layout.block(b).place);
-        self.layout.find(near, rng).or_else(|| {
+        let found = self.layout.find(near, rng).or_else(|| {
             // Everything freed waits for the journal.
             self.commit();
             self.layout.find(near, rng)
-        })
+        });
+        if let Some(place) = found {
+            let now = (0..self.spb).map(|i| self.disk.read(place * self.spb + i)).collect();
+            self.former.allocated(place, now, rng);
+        }
+        found
     }
 
     /// Writes everything dirty in the pages of `sectors` to the disk and waits for it.

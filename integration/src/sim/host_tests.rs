@@ -19,6 +19,17 @@ fn write(host: &mut Host, rng: &mut Rng, sectors: Range<usize>, stamp: Stamp) {
 }
 
 #[test]
+fn a_page_of_a_former_life_takes_its_block_back() {
+    let mut former = Former::default();
+    former.often = 1000;
+    former.allocated(3, vec![7; SPB], &mut Rng::new(1));
+    assert_eq!(former.page(3), Some(&mut vec![7; SPB]));
+    former.often = 1;
+    former.allocated(3, vec![8; SPB], &mut Rng::new(1));
+    assert_eq!(former.page(3), None);
+}
+
+#[test]
 fn allocation_takes_two_steps_and_garbage_is_never_seen() {
     let (mut host, mut rng) = host();
     let copies = host.prepare(&(0..8), &mut rng).unwrap();

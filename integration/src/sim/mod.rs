@@ -11,6 +11,7 @@
 mod check;
 mod disk;
 mod explore;
+mod former;
 mod guest;
 mod hazard;
 mod host;

@@ -19,6 +19,8 @@ pub enum Mutant {
     NoMetadataFsync,
     /// R12: discards are punched as the guest asked for them.
     PunchUnrounded,
+    /// ADR 0004: sectors are written raw, whatever the device's page cache holds of their blocks.
+    PartialRawWrites,
 }
 
 impl Mutant {
@@ -30,9 +32,10 @@ impl Mutant {
         Self::NoFence,
         Self::NoMetadataFsync,
         Self::PunchUnrounded,
+        Self::PartialRawWrites,
     ];
 
-    /// Whether it is a rule of the engine that it breaks; two of the mutants are the simulated world's.
+    /// Whether it is a rule of the engine that it breaks; three of the mutants are the simulated world's.
     pub fn is_of_the_engine(self) -> bool {
         Self::rules(Some(self)) != Rules::default()
     }
@@ -44,7 +47,9 @@ impl Mutant {
             Some(Self::NoDrain) => Rules::without_drain(),
             Some(Self::NoMetadataFsync) => Rules::without_metadata_sync(),
             Some(Self::PunchUnrounded) => Rules::without_punch_rounding(),
-            Some(Self::NoCacheCheck | Self::NoFence) | None => Rules::default(),
+            Some(Self::NoCacheCheck | Self::NoFence | Self::PartialRawWrites) | None => {
+                Rules::default()
+            }
         }
     }
 }

@@ -73,6 +73,8 @@ pub(super) struct Scenario {
     pub(super) punches: bool,
     /// The filesystem can zero ranges; and the disk.
     pub(super) zeroes: [bool; 2],
+    /// How often in 1000 a block that a file gets still has a page in the device's cache.
+    pub(super) former: u64,
     /// `--barrier=strict`.
     pub(super) strict: bool,
     /// The host's filesystem flushes the disk (no `barrier=0`).
@@ -99,7 +101,12 @@ impl Scenario {
         let blocks = if identity { blocks } else { sectors.div_ceil(spb) };
         let file_size = if identity { blocks * spb } else { sectors } as u64 * SECTOR;
         let window = window(rng, file_size, u64::from(dev_block));
-        let geometry = geometry(rng, file_size, (fs_block, dev_block), identity);
+        let mut geometry = geometry(rng, file_size, (fs_block, dev_block), identity);
+        // The filesystem keeps its own blocks in the device's page cache, or it does not.
+        let buffers = !identity && rng.chance(500);
+        if buffers && mutant != Some(Mutant::PartialRawWrites) {
+            geometry.write_block = fs_block;
+        }
         let (rough, narrow) = (rng.chance(300), rng.chance(350));
         let rare = |rng: &mut Rng, often: u64, high: u64| if rng.chance(often) { high } else { 0 };
         Self {
@@ -124,6 +131,7 @@ impl Scenario {
             // there it would take neighbours into the cache that are written raw.
             buffered_reads: if fs_block == 4096 { rare(rng, 200, 200) } else { 0 },
             stuck: rare(rng, 500, 300),
+            former: if buffers { 300 } else { 0 },
             greed: if rng.chance(500) { 1000 } else { 600 },
             unaligned: rare(rng, 500, 300),
             flushes: rng.range(20, 150),
@@ -166,6 +174,7 @@ fn geometry(rng: &mut Rng, file_size: u64, blocks: (u32, u32), identity: bool) -
         fs_block,
         file_align: dev_block,
         dev_block,
+        write_block: dev_block,
         bounce_bytes: 4096 << rng.below(3),
         mem_align: if rng.chance(500) { 512 } else { dev_block },
         bounce_slots: u32::try_from(rng.range(1, 6)).unwrap_or(1),

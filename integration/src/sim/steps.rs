@@ -22,11 +22,26 @@ impl World {
             if flight.class == Class::RawWrite {
                 let stamp = self.data(flight, i);
                 self.host.disk.write(sector, stamp, key);
+                self.through_the_page(key, flight, sector, stamp);
             } else if let Some(buf) = flight.buf {
                 let stamp = self.host.disk.read(sector);
                 self.receive(flight, buf, i, stamp);
             }
         }
+    }
+
+    /// A raw write of `sector` meets a page of the device's cache: with it goes to the disk what the write leaves out of the block.
+    fn through_the_page(&mut self, key: u64, flight: &InFlight, sector: usize, stamp: Stamp) {
+        let spb = self.host.spb;
+        let place = sector / spb;
+        let Some(page) = self.host.former.page(place) else { return };
+        page[sector % spb] = stamp;
+        for (sector, stamp) in (place * spb..).zip(&*page) {
+            if !flight.sectors.contains(&sector) {
+                self.host.disk.write(sector, *stamp, key);
+            }
+        }
+        self.hit(Hazard::FormerBlock);
     }
 
     pub(super) fn file_read_step(&mut self, flight: &mut InFlight) {

@@ -301,6 +301,7 @@ fn new_host(scenario: &Scenario, rng: &mut Rng) -> Host {
     let layout = Layout::new(scenario.blocks, scenario.sectors(), scenario.places());
     let mut host = Host::new(disk, layout, spb, scenario.greed);
     host.barriers = scenario.barriers;
+    host.former.often = scenario.former;
     for block in 0..scenario.blocks {
         let written = match scenario.fill {
             _ if scenario.identity() => Some(true),

@@ -149,7 +149,7 @@ impl Keeper {
             let raw = matches!(extent.state, State::Mapped | State::Shared);
             let whole = extent.range.aligned(block)
                 && extent.range.end <= self.config.geometry.file_size
-                && extent.device.0 % u64::from(self.config.geometry.dev_block) == 0;
+                && extent.device.0 % u64::from(self.config.geometry.write_block) == 0;
             let state = if raw && !(self.proven && whole) { State::Opaque } else { extent.state };
             if extent.range.start > at {
                 list.push(fill(at, extent.range.start));
