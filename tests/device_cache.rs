@@ -51,7 +51,8 @@ fn former_metadata(fs: &Path) -> Vec<u64> {
         File::create(name.join("file")).unwrap();
     }
     rustix::fs::syncfs(File::open(fs).unwrap()).unwrap();
-    let places = names.iter().map(|name| extents(&File::open(name).unwrap())[0].1).collect();
+    let first = |name| extents(&File::open(name).unwrap()).first().unwrap().1;
+    let places = names.iter().map(first).collect();
     for name in &names {
         assert!(!name.join("other").exists());
     }
