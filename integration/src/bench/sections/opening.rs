@@ -4,12 +4,13 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
 use serde::Serialize;
 
 use crate::bench::ground::Ground;
@@ -70,6 +71,9 @@ impl Started {
     /// Runs `command`; where its errors go is the caller's business.
     pub(super) fn new(command: &mut Command) -> io::Result<Started> {
         command.stdin(Stdio::null()).stdout(Stdio::null());
+        let die_with_us = || Ok(set_parent_process_death_signal(Some(Signal::KILL))?);
+        // SAFETY: between fork and exec, in the child, this makes one system call and touches no memory of anybody's.
+        unsafe { command.pre_exec(die_with_us) };
         command.spawn().map(Started).map_err(context(format!("{command:?}")))
     }
 
