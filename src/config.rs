@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use rustix::fs::{Gid, Uid};
 
-pub use options::{Barrier, Cache, Discard, Format, LogFormat, LogLevel, Mode, Options};
+pub use options::{Barrier, Cache, Discard, Format, LogFormat, LogLevel, Mode, Options, Populate};
 use size::{SizeError, parse_size};
 
 use crate::virtio::spin::Polling;
@@ -122,6 +122,8 @@ pub struct Config {
     pub serial: Option<String>,
     /// Most extents cached.
     pub max_extents: usize,
+    /// `--populate all`.
+    pub populate: bool,
     /// The control socket.
     pub control: Option<SocketOptions>,
     /// Least important messages logged.
@@ -162,6 +164,10 @@ pub enum ConfigError {
     Descriptor { fd: RawFd },
     #[error("LISTEN_FDS={count}: exactly one socket is expected from systemd")]
     ListenFds { count: String },
+    #[error(
+        "--populate all: with --mode filesystem there is no extent map to load; leave one of them out"
+    )]
+    NothingToPopulate,
     #[error("--control-path and --socket-path are the same: {}", path.display())]
     SamePath { path: PathBuf },
 }
@@ -195,6 +201,10 @@ impl Options {
             let most = u64::MAX;
             return Err(ConfigError::Range { option: "max-extents", value: 0, least: 1, most });
         }
+        let populate = self.populate == Populate::All;
+        if populate && self.mode == Mode::Filesystem {
+            return Err(ConfigError::NothingToPopulate);
+        }
         let size_limit =
             self.size_limit.as_deref().map(|text| size("size-limit", text)).transpose()?;
         if size_limit == Some(0) {
@@ -219,6 +229,7 @@ impl Options {
             unmap: self.discard == Discard::Unmap,
             strict: self.barrier == Barrier::Strict,
             max_extents: self.max_extents,
+            populate,
             log_level: self.log_level,
             log_format: self.log_format,
         })

@@ -43,6 +43,7 @@ fn the_defaults_are_the_documented_ones() {
         strict: false,
         serial: None,
         max_extents: 1 << 20,
+        populate: false,
         control: None,
         log_level: LogLevel::Info,
         log_format: LogFormat::Text,
@@ -71,6 +72,7 @@ fn good_values_are_taken() {
         "--poll-us=50",
         "--serial=12345678901234567890",
         "--max-extents=1",
+        "--populate=all",
         "--control-path=/c",
         "--log-level=debug",
         "--log-format=json",
@@ -86,6 +88,7 @@ fn good_values_are_taken() {
             && !config.write_back
             && !config.unmap
             && config.strict
+            && config.populate
     );
     assert_eq!((config.num_queues, config.queue_size, config.threads), (64, 32768, 64));
     assert_eq!(config.polling, Polling::Fixed(std::time::Duration::from_micros(50)));
@@ -110,6 +113,7 @@ fn bad_values_name_the_fix() {
         (&["--offset=8388608TiB"], "--offset 8388608TiB: is larger than any file"),
         (&["--serial=123456789012345678901"], "--serial: 21 bytes are too many; at most 20"),
         (&["--serial=a\tb"], "--serial: only printable ASCII"),
+        (&["--populate=all", "--mode=filesystem"], "--populate all: with --mode filesystem there"),
         (&["--max-extents=0"], "--max-extents 0: must be 1 to"),
         (&["--socket-mode=999"], "--socket-mode 999: must be octal permissions such as 0660"),
         (&["--socket-mode=7777"], "--socket-mode 7777: must be octal"),
@@ -159,7 +163,7 @@ fn the_socket_comes_from_one_place() {
 
 #[test]
 fn options_of_later_work_are_absent() {
-    for option in ["--config", "--connect", "--iops", "--metrics", "--sandbox", "--populate"] {
+    for option in ["--config", "--connect", "--iops", "--metrics", "--sandbox"] {
         assert!(resolve(&[option, "x"]).unwrap_err().contains("unexpected argument"), "{option}");
     }
 }

@@ -77,7 +77,11 @@ pub struct Options {
     /// Serial number of the disk, at most 20 bytes [default: made from the image's identity].
     #[arg(long, value_name = "TEXT")]
     pub serial: Option<String>,
-    /// Extents of the image's map kept in memory at most, 32 bytes each.
+    /// How much of the image's extent map is loaded before the first frontend is let in; `all` also keeps
+    /// it in memory.
+    #[arg(long, value_name = "HOW", default_value = "lazy")]
+    pub populate: Populate,
+    /// Extents of the image's map kept in memory at most, 17 bytes each.
     #[arg(long, value_name = "N", default_value_t = 1 << 20)]
     pub max_extents: usize,
     /// Control socket for extentctl, mode 0600.
@@ -110,6 +114,15 @@ pub enum Mode {
     Direct,
     /// Always through the filesystem.
     Filesystem,
+}
+
+/// `--populate`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Populate {
+    /// Nothing: what is asked for is loaded when it is asked for.
+    Lazy,
+    /// Everything, or do not start.
+    All,
 }
 
 /// `--cache`.

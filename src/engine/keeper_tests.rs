@@ -58,6 +58,7 @@ impl Small {
             start: Start::Eligible,
             window: blocks(0, BLOCKS),
             max_extents: 10_000,
+            populate: false,
             lease_break_time: Duration::from_secs(40),
             proven: true,
             barriers: true,
@@ -676,3 +677,6 @@ fn shutting_down_gives_the_lease_back_in_every_state_and_it_stays_so() {
     small.parked(A);
     check(&mut small);
 }
+
+#[path = "populate_tests.rs"]
+mod populate;

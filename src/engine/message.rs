@@ -219,6 +219,10 @@ pub enum Report {
     SlowBreak,
     /// A flush failed; FLUSH fails until the session ends (R16).
     FlushFailed(i32),
+    /// The whole map is loaded (`--populate all`).
+    Populated,
+    /// The map has more extents than may be cached: it is not kept whole any more (R8).
+    Unpinned,
 }
 
 /// Why direct mode ended, or never began.

@@ -221,6 +221,7 @@ impl Rig {
             start,
             window: FileRange::new(0, geometry.file_size),
             max_extents: 1000,
+            populate: false,
             lease_break_time: Duration::from_secs(40),
             proven: true,
             barriers: true,

@@ -410,3 +410,23 @@ fn switching_to_write_through_makes_durable_what_was_written_before() {
     rig.run();
     assert_eq!(log_of(&rig, sync), 2);
 }
+
+/// R7: a FIEMAP that hangs holds up the request that misses, and no other one of its queue.
+#[test]
+fn a_miss_stalls_no_other_request() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    let before = rig.read(range(0, 4));
+    // What is punched is not cached any more.
+    rig.start(Kind::Discard(range(8, 4)), Vec::new());
+    rig.hold_jobs = true;
+    let miss = rig.start(Kind::Read(range(9, 1)), vec![0; BLOCK as usize]);
+    let miss_too = rig.write(range(10, 1), 1);
+    assert!(rig.read(range(0, 4)) == before);
+    let write = rig.write(range(4, 2), 7);
+    assert_eq!(rig.done.get(&write), Some(&Status::Ok));
+    assert!(!rig.done.contains_key(&miss) && !rig.done.contains_key(&miss_too));
+    rig.hold_jobs = false;
+    rig.run();
+    assert_eq!(rig.done.get(&miss), Some(&Status::Ok));
+    assert_eq!(rig.done.get(&miss_too), Some(&Status::Ok));
+}

@@ -12,10 +12,10 @@ use rustix::fs::{FallocateFlags, fallocate, fstat, fsync};
 
 use super::extents::with_holes;
 use super::{Image, eligible, open};
-use crate::engine::extent::{Extent, State};
+use crate::engine::extent::{Extent, ExtentMap, State};
 use crate::engine::message::{Job, JobDone, MapAnswer, Proof, Refusal};
 use crate::engine::units::{DeviceOffset, FileRange};
-use crate::sys::{lease, page_cache};
+use crate::sys::{fiemap, lease, page_cache};
 
 /// How often and how far apart the page cache is emptied: other CPUs hold pages a moment longer.
 const DROPS: u32 = 10;
@@ -85,6 +85,30 @@ impl Image {
             extents.retain(|extent| extent.state != State::Hole);
         }
         Ok(MapAnswer { covered, extents, proof })
+    }
+
+    /// How many extents the whole map has, counted as it would be cached: holes too, neighbours as one. May block.
+    ///
+    /// # Errors
+    /// FIEMAP's.
+    pub fn count_extents(&self) -> io::Result<u64> {
+        let all = self.window().round_out(u64::from(self.geometry.fs_block));
+        let (mut at, mut count, mut end) = (all.start, 0, ExtentMap::new());
+        while at < all.end {
+            let (extents, covered) =
+                self.fiemap(FileRange::new(at, all.end), fiemap::MAX_EXTENTS)?;
+            if covered.end <= at {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            at = covered.end;
+            end.replace(covered, &with_holes(&extents, covered));
+            // The last one may go on in the next answer.
+            let last = end.iter().last().map_or(at, |extent| extent.range.start);
+            count += end.len() as u64;
+            end.remove(FileRange::new(0, last));
+            count -= end.len() as u64;
+        }
+        Ok(count + end.len() as u64)
     }
 
     fn cached(&self, range: FileRange) -> io::Result<u64> {

@@ -159,6 +159,7 @@ impl Server<'_> {
     fn answers(&mut self) {
         for answer in self.owner.helper.answers().collect::<Vec<_>>() {
             match answer {
+                Answer::Counted(count) => self.loading.counted = Some(count),
                 Answer::Synced(result) => {
                     self.phase = Phase::Over;
                     self.synced = result;

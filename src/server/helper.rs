@@ -32,6 +32,8 @@ pub(super) enum Task {
     Map(ClientId, u64),
     /// The check for one.
     Check(ClientId, Ownership),
+    /// Count the extents of the whole map.
+    Count,
     /// Make everything durable: the end.
     Sync,
 }
@@ -41,6 +43,8 @@ pub(super) enum Task {
 pub(super) enum Answer {
     /// A reply line.
     Reply(ClientId, String),
+    /// So many extents.
+    Counted(io::Result<u64>),
     /// Everything is durable, or not.
     Synced(io::Result<()>),
 }
@@ -71,6 +75,7 @@ impl Helper {
                     Task::Check(client, ownership) => {
                         Answer::Reply(client, reply(check::look(&image, &ownership)))
                     }
+                    Task::Count => Answer::Counted(image.count_extents()),
                     Task::Sync => Answer::Synced(sync(&image)),
                 };
                 if done.send(answer).is_ok() {

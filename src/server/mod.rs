@@ -20,6 +20,7 @@ mod helper;
 mod log;
 mod owner;
 mod poll;
+mod populate;
 mod socket;
 mod watch;
 
@@ -47,6 +48,7 @@ use helper::Task;
 pub use log::start_log;
 use owner::Owner;
 use poll::{Interest, Poll, Timer, now};
+use populate::Loading;
 pub use socket::SocketError;
 use socket::{Inherited, Listener};
 use watch::InodeWatch;
@@ -70,6 +72,10 @@ pub enum ServeError {
     Socket(#[from] SocketError),
     #[error("--mode direct is not to be had: {reason}")]
     NotDirect { reason: String },
+    #[error(
+        "--populate all: the image has {count} extents, more than --max-extents {cap}: raise that to {count} or more (17 bytes of memory each), or use --populate lazy"
+    )]
+    TooManyExtents { count: u64, cap: usize },
     #[error("no session over --fd: {source}")]
     Session { source: io::Error },
     #[error("cannot {action}: {source}")]
@@ -107,6 +113,8 @@ impl AllSignals {
 enum Phase {
     /// The keeper decides on the mode, until then at the latest.
     Starting { until: Duration },
+    /// The map is too large to be loaded; by how much is being found out.
+    Counting,
     /// Frontends are served.
     Serving,
     /// The last session drains.
@@ -131,6 +139,7 @@ struct Server<'a> {
     front: Option<Front>,
     clients: Option<Clients>,
     phase: Phase,
+    loading: Loading,
     /// The end was asked for.
     stop: bool,
     unlinked: bool,
@@ -248,6 +257,7 @@ impl<'a> Server<'a> {
             front: None,
             clients: None,
             phase: Phase::Starting { until: started + settle },
+            loading: Loading::default(),
             stop: false,
             unlinked: false,
             synced: Ok(()),
@@ -287,9 +297,15 @@ impl<'a> Server<'a> {
     fn advance(&mut self, inherited: &mut Option<Inherited>) -> Result<bool, ServeError> {
         let now = now();
         self.reap_session()?;
-        match self.phase {
-            Phase::Starting { .. } if self.stop => self.phase = Phase::Draining,
-            Phase::Starting { until } if self.owner.settled() || until <= now => {
+        let phase = self.phase;
+        match phase {
+            Phase::Starting { .. } | Phase::Counting if self.stop => self.phase = Phase::Draining,
+            Phase::Starting { .. } if self.owner.over_cap() => {
+                self.owner.helper.give(Task::Count);
+                self.phase = Phase::Counting;
+            }
+            Phase::Counting => return self.too_many().map_or(Ok(false), Err),
+            Phase::Starting { until } if self.ready(until, now) => {
                 self.listen(inherited.take())?;
                 self.phase = Phase::Serving;
             }
@@ -364,8 +380,8 @@ impl<'a> Server<'a> {
 
     fn deadline(&self) -> Option<Duration> {
         let phase = match self.phase {
-            Phase::Starting { until } | Phase::Syncing { until } => Some(until),
-            Phase::Serving | Phase::Draining | Phase::Over => None,
+            Phase::Syncing { until } => Some(until),
+            _ => self.start_deadline(),
         };
         let front = self.front.as_ref().and_then(Front::deadline);
         let clients = self.clients.as_ref().and_then(|clients| clients.door.deadline());

@@ -34,6 +34,9 @@ pub(super) struct Owner {
     /// one line only.
     held_back: Option<Report>,
     announced: bool,
+    /// `--populate all`, and the map turned out to be too large for that before anybody was served.
+    over_cap: bool,
+    populate: bool,
 }
 
 impl Owner {
@@ -50,6 +53,7 @@ impl Owner {
             start: image.start(),
             window: image.window(),
             max_extents: config.max_extents,
+            populate: config.populate,
             lease_break_time: image.lease_break_time(),
             proven: image.proven(),
             barriers: image.barriers(),
@@ -65,6 +69,8 @@ impl Owner {
             direct: false,
             held_back: None,
             announced: false,
+            over_cap: false,
+            populate: config.populate,
         })
     }
 
@@ -76,6 +82,11 @@ impl Owner {
     /// Whether direct mode is on.
     pub(super) const fn direct(&self) -> bool {
         self.direct
+    }
+
+    /// Whether the whole map was to be loaded and is too large for that; only before anybody is served.
+    pub(super) const fn over_cap(&self) -> bool {
+        self.over_cap
     }
 
     /// Carries out what the keeper wants.
@@ -98,11 +109,12 @@ impl Owner {
                         Report::Filesystem(_) | Report::Refused(_) => {
                             (self.settled, self.direct) = (true, false);
                         }
-                        Report::SlowBreak | Report::FlushFailed(_) => {}
+                        Report::Unpinned => self.over_cap = !self.announced,
+                        Report::SlowBreak | Report::FlushFailed(_) | Report::Populated => {}
                     }
                     if self.announced {
                         self.say(report);
-                    } else {
+                    } else if !matches!(report, Report::Populated | Report::Unpinned) {
                         self.held_back = Some(report);
                     }
                 }
@@ -116,6 +128,16 @@ impl Owner {
         match self.held_back.take() {
             Some(report) => self.say(report),
             None => self.say(Report::Filesystem(Why::Starting)),
+        }
+        if !self.populate {
+            return;
+        }
+        if self.direct {
+            self.say(Report::Populated);
+        } else if self.image.start() == Start::Eligible {
+            warn!("--populate all: the extent map is loaded when direct mode begins");
+        } else {
+            warn!("--populate all: there is no extent map to load");
         }
     }
 
@@ -141,6 +163,12 @@ impl Owner {
                     _ => String::new(),
                 };
                 warn!(%image, "mode=filesystem: {reason}{errno}");
+            }
+            Report::Populated => {
+                info!(%image, extents = snapshot.cached, "the whole extent map is loaded");
+            }
+            Report::Unpinned => {
+                warn!(%image, "the extent map has outgrown --max-extents; it is not kept whole any more");
             }
             Report::SlowBreak => {
                 error!(%image, "raw I/O has not ended in half the lease-break time; the kernel will let the other process in");

@@ -169,6 +169,7 @@ fn new_keeper(shared: &Arc<Shared>) -> Keeper {
         start: Start::Filesystem,
         window: FileRange::new(0, CAPACITY),
         max_extents: 1000,
+        populate: false,
         lease_break_time: Duration::from_secs(45),
         proven: false,
         barriers: true,

@@ -107,6 +107,7 @@ impl Sim {
             start: scenario.start,
             window: scenario.window,
             max_extents: scenario.max_extents,
+            populate: scenario.populate,
             lease_break_time: Duration::from_micros(LEASE_BREAK),
             proven: !scenario.lies && self.world.rng.chance(700),
             barriers: scenario.barriers,

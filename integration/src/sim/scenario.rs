@@ -45,6 +45,8 @@ pub(super) struct Scenario {
     pub(super) workers: usize,
     pub(super) queue_depth: usize,
     pub(super) max_extents: usize,
+    /// All of the map is loaded at once.
+    pub(super) populate: bool,
     /// Extents that one FIEMAP answers at most.
     pub(super) batch: usize,
     /// Longest transfer, in sectors: 64 KiB, but more extents than a FIEMAP answers where there are
@@ -119,6 +121,7 @@ impl Scenario {
             workers: 1 + rng.index(4),
             queue_depth: 2 + rng.index(7),
             max_extents: if vast { 4 + rng.index(60) } else { 1 << 20 },
+            populate: rng.chance(200),
             batch: if rng.chance(350) { 1 + rng.index(6) } else { usize::MAX },
             longest: if vast { sectors } else { 128 },
             slow: if narrow { 200 } else { 30 },

@@ -31,6 +31,8 @@ pub struct KeeperConfig {
     pub window: FileRange,
     /// Most extents cached (R8).
     pub max_extents: usize,
+    /// `--populate all`: all of the map is loaded at once and kept (R7).
+    pub populate: bool,
     /// `/proc/sys/fs/lease-break-time`; half of it unserved is reported (R2a).
     pub lease_break_time: Duration,
     /// Whether a comparison at open has shown raw and file reads equal (R6).

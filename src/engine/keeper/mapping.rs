@@ -13,8 +13,9 @@ use crate::engine::units::{DeviceOffset, FileRange};
 
 /// How far ahead of a miss the map is loaded, in bytes; the extents of one answer bound it too.
 const AHEAD: u64 = 1 << 30;
-/// Extents asked for at a time.
-const BATCH: u32 = 256;
+/// Extents asked for at a time, as many as one system call tells. Each costs a third of a microsecond, the way to the helper and
+/// back a hundred times that.
+const BATCH: u32 = 512;
 
 /// A request that waits for the map.
 #[derive(Clone, Copy, Debug)]
@@ -70,7 +71,13 @@ impl Keeper {
         self.query(FileRange::new(gap.start, far.end.max(gap.end)), None);
     }
 
-    fn query(&mut self, range: FileRange, settles: Option<Owner>) {
+    /// Loads the beginning of a gap, however long it is.
+    pub(super) fn query_ahead(&mut self, gap: FileRange) -> JobId {
+        let end = gap.end.min(gap.start.saturating_add(AHEAD));
+        self.query(FileRange::new(gap.start, end), None)
+    }
+
+    fn query(&mut self, range: FileRange, settles: Option<Owner>) -> JobId {
         self.counts.fiemap_calls += 1;
         let job = self.run(Job::Map { range, max_extents: BATCH });
         let spoilt = self
@@ -81,6 +88,7 @@ impl Keeper {
             .filter(|spoilt| spoilt.overlaps(&range))
             .collect();
         self.queries.insert(job, Query { range, epoch: self.epoch, spoilt, settles });
+        job
     }
 
     /// R9: something begins to be written in `range`. What ends was there when it began.
@@ -212,8 +220,11 @@ impl Keeper {
     /// R8: over the cap, whole chunks go; parked, because a worker may still address them.
     fn evict(&mut self, now: Duration, keep: FileRange) {
         let cap = self.config.max_extents;
-        let under_way = self.parks.values().any(|park| park.parking == Parking::Evict);
-        if self.map.len() <= cap || under_way {
+        if self.map.len() <= cap {
+            return;
+        }
+        self.unpin();
+        if self.parks.values().any(|park| park.parking == Parking::Evict) {
             return;
         }
         // What a request waits for has to be there at once, even if that alone is over the cap: it

@@ -9,6 +9,7 @@ mod config;
 mod layout;
 mod mapping;
 mod ownership;
+mod populate;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -27,6 +28,7 @@ pub use config::{KeeperConfig, Lease, Snapshot, Start};
 use layout::{Park, Purpose};
 use mapping::{Query, Want};
 use ownership::Ownership;
+use populate::Population;
 
 /// Numbers for `status`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -64,6 +66,7 @@ pub struct Keeper {
     epoch: u64,
     queries: BTreeMap<JobId, Query>,
     wants: VecDeque<Want>,
+    population: Population,
 
     locks: RangeLocks<Purpose>,
     parks: BTreeMap<ParkId, Park>,
@@ -102,6 +105,7 @@ impl Keeper {
             epoch: 0,
             queries: BTreeMap::new(),
             wants: VecDeque::new(),
+            population: Population::default(),
             locks: RangeLocks::default(),
             parks: BTreeMap::new(),
             punches: BTreeMap::new(),
@@ -282,6 +286,7 @@ impl Keeper {
         if matches!(self.ownership, Ownership::Direct | Ownership::Leaving { .. }) {
             self.map.remove(range);
             self.publish(Mode::Direct);
+            self.miss(range);
         }
     }
 

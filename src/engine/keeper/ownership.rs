@@ -162,6 +162,7 @@ impl Keeper {
                 self.publish(Mode::Direct);
                 self.release(park);
                 self.report(Report::Direct);
+                self.populate();
             }
             (_, None) => self.retry(now),
             (Err(refusal), Some(park)) => {
@@ -232,6 +233,7 @@ impl Keeper {
         let Ownership::Leaving { why, .. } = self.ownership else { return };
         self.epoch += 1;
         self.map.clear();
+        self.depopulate();
         self.why = why;
         self.publish(Mode::Filesystem);
         self.actions.push_back(Action::DropLease);
@@ -290,5 +292,6 @@ impl Keeper {
     pub(super) fn work(&mut self) {
         self.grant_locks();
         self.load_wanted();
+        self.populate_more();
     }
 }

@@ -73,6 +73,7 @@ impl Script {
             workers: self.queues as usize,
             queue_depth: 3,
             max_extents: 1 << 20,
+            populate: false,
             batch: usize::MAX,
             errors: 0,
             shorts: 0,
