@@ -42,7 +42,9 @@ pub struct Worker {
     version: u64,
     view: Arc<View>,
     hint: Hint,
+    /// By tag; grows with the tags that are used.
     requests: Vec<Option<Pending>>,
+    max_requests: usize,
     in_flight: u32,
     pub(super) ops: OpTable,
     pub(super) bounce: Vec<BounceSlot>,
@@ -87,7 +89,8 @@ impl Worker {
             version,
             view,
             hint: Hint::default(),
-            requests: (0..max_requests).map(|_| None).collect(),
+            requests: Vec::new(),
+            max_requests: usize::try_from(max_requests).unwrap_or(usize::MAX),
             in_flight: 0,
             ops: OpTable::new(geometry.ops),
             bounce: (0..geometry.bounce_slots).rev().map(BounceSlot).collect(),
@@ -118,7 +121,11 @@ impl Worker {
 
     /// Takes a request of several ranges on: `request`, and the same for each of `more`.
     pub fn accept_all(&mut self, io: &mut impl Io, tag: Tag, request: Request, more: &[Kind]) {
-        let Some(slot @ None) = self.requests.get_mut(tag.0 as usize) else {
+        let index = tag.0 as usize;
+        if (self.requests.len()..self.max_requests).contains(&index) {
+            self.requests.resize_with(index + 1, || None);
+        }
+        let Some(slot @ None) = self.requests.get_mut(index) else {
             debug_assert!(false, "{tag:?} is not free");
             self.done.push_back((tag, Status::IoError));
             return;

@@ -22,10 +22,13 @@ pub(crate) struct Pending {
     pub(crate) since: Duration,
 }
 
-/// A table of fixed size.
+/// A table that grows to what a guest has used at a time: most never have as many requests in flight as all their queues
+/// have room for, and an idle device is to cost little.
 #[derive(Debug)]
 pub(crate) struct Requests {
     slots: Vec<Option<Pending>>,
+    /// Most of them.
+    limit: usize,
     /// Free places; the last one freed is taken first, so that its memory is still in the cache.
     free: Vec<u32>,
 }
@@ -33,13 +36,17 @@ pub(crate) struct Requests {
 impl Requests {
     /// Room for `count` requests.
     pub(crate) fn new(count: u32) -> Self {
-        let slots = (0..count).map(|_| None).collect();
-        Self { slots, free: (0..count).rev().collect() }
+        let limit = usize::try_from(count).unwrap_or(usize::MAX);
+        Self { slots: Vec::new(), limit, free: Vec::new() }
     }
 
     /// Enters a request. `None` if the table is full.
     pub(crate) fn enter(&mut self, pending: Pending) -> Option<Tag> {
-        let index = self.free.pop()?;
+        let Some(index) = self.free.pop() else {
+            let index = Some(self.slots.len()).filter(|index| *index < self.limit)?;
+            self.slots.push(Some(pending));
+            return u32::try_from(index).ok().map(Tag);
+        };
         *self.slot(index)? = Some(pending);
         Some(Tag(index))
     }
