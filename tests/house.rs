@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use extentd::engine::units::FileRange;
 use extentd::sys::page_cache;
+use integration::rig::scope::Sysctl;
 use integration::rig::{
     Backing, Bed, Client, ClientOptions, Daemon, Filesystem, Kind, Layout, Queue, Random, Request,
     Rig, Setup, Shape,
@@ -148,6 +149,7 @@ fn an_idle_daemon_sleeps_and_is_small() {
 fn serial_three_hundred_read_only_daemons_fit() {
     const DAEMONS: u64 = 300;
     let Some(rig) = Rig::enter() else { return };
+    let _watches = Sysctl::more_watches().unwrap();
     let fs = rig.dir("fs").unwrap();
     let fs = Filesystem::make(Kind::Ext4, 64 * MIB, 512, &Backing::Memory, &fs).unwrap();
     let images: Vec<PathBuf> = (0..3).map(|n| fs.path().join(format!("image-{n}"))).collect();

@@ -106,6 +106,15 @@ impl Sysctl {
         std::fs::write(path, value)?;
         Ok(Sysctl { path: path.into(), before })
     }
+
+    /// Lets the daemons of this user watch enough images: each watches its own, and 128 such watches are the kernel's
+    /// default. Having more disturbs nobody, so this is no reason to be alone.
+    pub fn more_watches() -> io::Result<Option<Sysctl>> {
+        const WATCHES: &str = "/proc/sys/fs/inotify/max_user_instances";
+        const ENOUGH: u32 = 1024;
+        let now = std::fs::read_to_string(WATCHES)?.trim().parse().unwrap_or(0_u32);
+        if now >= ENOUGH { Ok(None) } else { Self::set(WATCHES, &ENOUGH.to_string()).map(Some) }
+    }
 }
 
 impl Drop for Sysctl {

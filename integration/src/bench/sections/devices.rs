@@ -24,8 +24,6 @@ use crate::rig::{Daemon, Random, wait};
 
 /// How long a server of many devices may take to start.
 const LIMIT: Duration = Duration::from_secs(60);
-const WATCHES: &str = "/proc/sys/fs/inotify/max_user_instances";
-const ENOUGH: u32 = 1024;
 /// Bytes of each image.
 const SIZE: u64 = 1 << 20;
 /// Requests in flight, over all devices together.
@@ -62,7 +60,7 @@ pub(in crate::bench) fn devices(
     timing: Timing,
 ) -> io::Result<Vec<DevicesRow>> {
     let place = Place::new(ground, subject.name())?;
-    let _more = more_watches()?;
+    let _more = Sysctl::more_watches()?;
     let mut rows = Vec::new();
     for number in numbers {
         let mut servers = Vec::new();
@@ -123,13 +121,6 @@ pub(in crate::bench) fn devices_in_one(
     }
     place.clear()?;
     Ok(rows)
-}
-
-/// Each daemon watches its image, and by default a user can have only 128 such watches. Having more disturbs nobody, so this
-/// is no reason to be alone on the machine.
-fn more_watches() -> io::Result<Option<Sysctl>> {
-    let now = std::fs::read_to_string(WATCHES)?.trim().parse().unwrap_or(0_u32);
-    if now >= ENOUGH { Ok(None) } else { Sysctl::set(WATCHES, &ENOUGH.to_string()).map(Some) }
 }
 
 /// Where the images and the sockets are.
