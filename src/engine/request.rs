@@ -31,6 +31,18 @@ pub struct Header {
     pub sector: u64,
 }
 
+impl Header {
+    /// Its length in bytes.
+    pub const BYTES: usize = 16;
+
+    /// The header that these bytes are (virtio 1.3, 5.2.6).
+    #[must_use]
+    pub const fn of(bytes: [u8; Self::BYTES]) -> Self {
+        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = bytes;
+        Self { kind: u32::from_le_bytes([k0, k1, k2, k3]), sector: u64::from_le_bytes(sector) }
+    }
+}
+
 /// What the guest asks for. Ranges are byte offsets in the image *file*, `--offset` included.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {

@@ -9,8 +9,10 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FileType, Mode, OFlags, Stat, fcntl_setfl, fstat, major, minor, open, stat};
+use rustix::fs::{FileType, Mode, OFlags, Stat, fstat, major, minor, open, stat};
 use rustix::io::Errno;
+
+use crate::sys::fd::set_io_flags;
 
 use super::error::OpenError;
 use super::locks::{self, Outcome};
@@ -75,7 +77,7 @@ pub(super) fn acquire(path: &Path, read_only: bool, wait: Duration) -> Result<Ac
     }
     let access = if direct_io { OFlags::DIRECT } else { OFlags::empty() };
     // O_NONBLOCK was for opening only: io_uring would return EAGAIN for it.
-    fcntl_setfl(&fd, access).map_err(io_error(path, "F_SETFL"))?;
+    set_io_flags(&fd, access).map_err(io_error(path, "F_SETFL"))?;
     lock_patiently(path, &fd, &stat, read_only, &mut patience)?;
     Ok(Acquired { fd, stat, direct_io, is_block_device })
 }

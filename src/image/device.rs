@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FileType, Mode, OFlags, major, minor, open};
 
 use crate::sys::blockdev::{self, DeviceFacts};
+use crate::sys::fd::set_io_flags;
 
 /// An open block device.
 #[derive(Debug)]
@@ -36,7 +37,7 @@ pub(super) fn open_number(number: u64, read_only: bool) -> Result<Device, (PathB
         return Err(fail(io::Error::other("the node is another device's")));
     }
     // O_NONBLOCK was for opening only: io_uring would return EAGAIN for it.
-    rustix::fs::fcntl_setfl(&fd, access | OFlags::DIRECT).map_err(|error| fail(error.into()))?;
+    set_io_flags(&fd, access | OFlags::DIRECT).map_err(|error| fail(error.into()))?;
     let facts = blockdev::facts(fd.as_fd()).map_err(fail)?;
     Ok(Device { fd, path, facts })
 }

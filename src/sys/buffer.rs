@@ -208,6 +208,11 @@ impl GuestBuffers {
         for &(addr, len) in pieces {
             let outside = BadAddress::Outside { addr: addr.0, len };
             let bytes = usize::try_from(len).map_err(|_| outside)?;
+            if let Ok(slice) = memory.get_slice(addr, bytes) {
+                let base = slice.ptr_guard_mut().as_ptr();
+                request.push(Span { base, len: slice.len() });
+                continue;
+            }
             // A descriptor may run on from one region into the next one.
             for slice in memory.get_slices(addr, bytes) {
                 let Ok(slice) = slice else {

@@ -14,6 +14,7 @@ mod operation;
 mod setup;
 mod watch;
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -85,6 +86,8 @@ pub struct Ring {
     device: bool,
     /// The kind of lease that `ConfirmLease` wants to see.
     lease: Option<libc::c_int>,
+    /// The time, once it was asked for in this turn of the thread's loop.
+    now: Cell<Option<Duration>>,
 }
 
 /// [`IoUring`], which has no `Debug`.
@@ -162,6 +165,7 @@ impl Ring {
             image: image.try_clone_to_owned()?,
             device: device.is_some(),
             lease: lease.then_some(kind),
+            now: Cell::new(None),
         })
     }
 }
@@ -303,9 +307,16 @@ impl Io for Ring {
         None
     }
 
+    /// The clock is read once between two of [`enter`](Ring::enter), [`wait`](Ring::wait) and
+    /// [`has_completions`](Ring::has_completions), of which one ends each turn of the thread's loop: a turn is short, and
+    /// may be interrupted for long after a later reading too.
     fn now(&self) -> Duration {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-        Duration::try_from(now).unwrap_or_default()
+        self.now.get().unwrap_or_else(|| {
+            let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+            let now = Duration::try_from(now).unwrap_or_default();
+            self.now.set(Some(now));
+            now
+        })
     }
 }
 

@@ -718,11 +718,26 @@ fn a_device_flush_leaves_dirty_pages_outside_its_range_alone() {
 #[test]
 fn the_clock_runs() {
     let image = Image::new();
-    let ring = ring(&image.open(true));
-    let (real, start) = (Instant::now(), ring.now());
-    std::thread::sleep(Duration::from_millis(5));
-    let elapsed = ring.now() - start;
-    assert!(elapsed >= Duration::from_millis(5) && elapsed <= real.elapsed());
+    let mut ring = ring(&image.open(true));
+    let turns: [fn(&mut Ring); 3] = [
+        |ring| assert!(!ring.has_completions()),
+        |ring| ring.enter().unwrap(),
+        |ring| {
+            ring.submit(OpId(0), Op::SyncImage).is_pending().then_some(()).unwrap();
+            while ring.reap().is_none() {
+                ring.wait().unwrap();
+            }
+        },
+    ];
+    for turn in turns {
+        turn(&mut ring);
+        let (real, start) = (Instant::now(), ring.now());
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(ring.now(), start, "within a turn");
+        turn(&mut ring);
+        let elapsed = ring.now() - start;
+        assert!(elapsed >= Duration::from_millis(5) && elapsed <= real.elapsed());
+    }
 }
 
 /// What one step of the random run does, in 512-byte units.

@@ -18,9 +18,6 @@ use crate::engine::request::Header;
 /// is left is what one vectored read takes.
 pub const MAX_DESCRIPTORS: u32 = 1024;
 
-/// Bytes of a request's header.
-const HEADER_BYTES: usize = 16;
-
 /// Bytes of a descriptor.
 const DESCRIPTOR_BYTES: usize = size_of::<Descriptor>();
 
@@ -199,12 +196,12 @@ impl Chain {
 
     /// Cuts the first 16 readable bytes off and reads them.
     fn split_header(&mut self, memory: &Memory) -> Option<Header> {
-        let mut header = [0u8; HEADER_BYTES];
+        let mut header = [0u8; Header::BYTES];
         let mut rest = header.as_mut_slice();
         for (start, len) in &mut self.readable {
             let take = rest.len().min(usize::try_from(*len).ok()?);
             let (now, later) = std::mem::take(&mut rest).split_at_mut(take);
-            memory.read_slice(now, *start).ok()?;
+            read(memory, *start, now)?;
             rest = later;
             let taken = u32::try_from(take).ok()?;
             *len -= taken;
@@ -216,15 +213,20 @@ impl Chain {
                 break;
             }
         }
-        if !rest.is_empty() {
-            return None;
-        }
-        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
-        Some(Header {
-            kind: u32::from_le_bytes([k0, k1, k2, k3]),
-            sector: u64::from_le_bytes(sector),
-        })
+        rest.is_empty().then(|| Header::of(header))
     }
+}
+
+/// Reads guest memory into `bytes`.
+fn read(memory: &Memory, start: GuestAddress, bytes: &mut [u8]) -> Option<()> {
+    if let Ok(whole) = <&mut [u8; Header::BYTES]>::try_from(&mut *bytes)
+        && let Ok(slice) = GuestMemoryBackend::get_slice(memory, start, Header::BYTES)
+    {
+        // Nearly every driver has the header in a descriptor of its own: one load.
+        *whole = slice.get_ref(0).ok()?.load();
+        return Some(());
+    }
+    memory.read_slice(bytes, start).ok()
 }
 
 /// The table an indirect descriptor refers to.

@@ -5,6 +5,7 @@
 //! daemon thread sets and reports them; what is here belongs to the worker alone. The lock is taken
 //! once per batch and held for a few loads and stores.
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
@@ -12,7 +13,10 @@ use std::time::{Duration, Instant};
 use vhost_user_backend::{VringRwLock, VringState, VringT};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::QueueT;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryAtomic};
+use vm_memory::{
+    Address, ByteValued, Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, Le16, Le64,
+    VolatileMemory, VolatileSlice,
+};
 
 use super::Memory;
 use super::notify::Notifier;
@@ -26,6 +30,9 @@ pub(crate) type Vring = VringRwLock<AtomicMemory>;
 
 /// Chains taken from one queue in one go, so that the queues of a thread share it.
 pub(crate) const BATCH: u16 = 64;
+
+/// Bytes of the flags and the index that both rings begin with (virtio 1.3, 2.7.6 and 2.7.8).
+const RING_FIELDS: usize = 4;
 
 /// One queue's counts.
 #[derive(Debug, Default)]
@@ -124,10 +131,10 @@ impl Queue {
             self.armed = false;
             queue.disable_notification(memory).map_err(|_| Broken::Outside)?;
         }
+        let ring = Cells::new(memory, queue.avail_ring(), place.size);
         for offset in 0..count {
-            let entry = next.wrapping_add(offset) & (place.size.wrapping_sub(1));
-            let at = 4 + 2 * u64::from(entry);
-            heads.push(load(memory, queue.avail_ring(), at).ok_or(Broken::Outside)?);
+            let head: Le16 = ring.read(next.wrapping_add(offset)).ok_or(Broken::Outside)?;
+            heads.push(head.into());
         }
         queue.set_next_avail(next.wrapping_add(count));
         self.in_flight += u32::from(count);
@@ -205,15 +212,66 @@ impl Queue {
         memory: &Memory,
     ) -> Result<bool, Broken> {
         let queue = state.get_queue_mut();
-        let old = queue.next_used();
-        for (head, written) in &self.used {
-            // A head that is no descriptor's index was answered by breaking the chain; it cannot
-            // be handed back either.
-            if *head < queue.size() {
-                queue.add_used(memory, *head, *written).map_err(|_| Broken::Outside)?;
-            }
+        let (old, size) = (queue.next_used(), queue.size());
+        let ring = Cells::new(memory, queue.used_ring(), size);
+        let mut next = old;
+        // A head that is no descriptor's index was answered by breaking the chain; it cannot be
+        // handed back either.
+        for (head, written) in self.used.iter().filter(|(head, _)| *head < size) {
+            // `id` and `len`, 32 bits each (virtio 1.3, 2.7.8).
+            let element = u64::from(*written) << 32 | u64::from(*head);
+            ring.write(next, Le64::from(element)).ok_or(Broken::Outside)?;
+            next = next.wrapping_add(1);
         }
+        // The crate's own way stores the index with each element: with the guest looking at it all the
+        // time, its cache line would change owners that often.
+        let index = GuestAddress(queue.used_ring()).checked_add(2).ok_or(Broken::Outside)?;
+        memory.store(next.to_le(), index, Ordering::Release).map_err(|_| Broken::Outside)?;
+        queue.set_next_used(next);
         wants_signal(queue, memory, old).ok_or(Broken::Outside)
+    }
+}
+
+/// The entries of an available or used ring, which stand behind two 16-bit fields. The guest's address of
+/// it is looked up once for all of them, unless it spans memory regions.
+struct Cells<'a, T> {
+    memory: &'a Memory,
+    start: u64,
+    size: u16,
+    slice: Option<VolatileSlice<'a>>,
+    entry: PhantomData<T>,
+}
+
+impl<'a, T: ByteValued> Cells<'a, T> {
+    /// The ring at `start`, whose `size` is a power of two.
+    fn new(memory: &'a Memory, start: u64, size: u16) -> Self {
+        let bytes = RING_FIELDS + usize::from(size) * size_of::<T>();
+        let slice = GuestMemoryBackend::get_slice(memory, GuestAddress(start), bytes).ok();
+        Self { memory, start, size, slice, entry: PhantomData }
+    }
+
+    /// Where the entry for ring index `index` is, counted from the ring's beginning.
+    fn place(&self, index: u16) -> usize {
+        RING_FIELDS + usize::from(index & self.size.wrapping_sub(1)) * size_of::<T>()
+    }
+
+    fn address(&self, index: u16) -> Option<GuestAddress> {
+        GuestAddress(self.start).checked_add(self.place(index) as u64)
+    }
+
+    fn read(&self, index: u16) -> Option<T> {
+        match &self.slice {
+            Some(slice) => Some(slice.get_ref::<T>(self.place(index)).ok()?.load()),
+            None => self.memory.read_obj(self.address(index)?).ok(),
+        }
+    }
+
+    fn write(&self, index: u16, entry: T) -> Option<()> {
+        match &self.slice {
+            Some(slice) => slice.get_ref::<T>(self.place(index)).ok()?.store(entry),
+            None => self.memory.write_obj(entry, self.address(index)?).ok()?,
+        }
+        Some(())
     }
 }
 

@@ -16,7 +16,11 @@ struct Rig {
 }
 
 fn rig(event_idx: bool) -> Rig {
-    let memory = Memory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+    rig_in(event_idx, &[(GuestAddress(0), 0x10000)])
+}
+
+fn rig_in(event_idx: bool, regions: &[(GuestAddress, usize)]) -> Rig {
+    let memory = Memory::from_ranges(regions).unwrap();
     let atomic = AtomicMemory::new(memory);
     let memory = atomic.memory().into_inner();
     let vring = Vring::new(atomic, 256).unwrap();
@@ -165,4 +169,28 @@ fn arming_notices_what_came_in_between() {
     assert!(rig.queue.arm(&rig.vring, &rig.memory).unwrap());
     let event = USED + 4 + 8 * u64::from(SIZE);
     assert_eq!(rig.memory.read_obj::<u16>(GuestAddress(event)).unwrap(), 1);
+}
+
+#[test]
+fn rings_may_span_memory_regions() {
+    let ends = [0, AVAIL + 10, USED + 4 + 8 * 3 + 4, 0x10000];
+    let regions: Vec<_> = ends
+        .windows(2)
+        .map(|ends| (GuestAddress(ends[0]), usize::try_from(ends[1] - ends[0]).unwrap()))
+        .collect();
+    let (mut split, mut whole) = (rig_in(false, &regions), rig(false));
+    for heads in [&[1, 2, 3][..], &[4, 5, 6, 7, 0], &[3, 1, 4]] {
+        for rig in [&mut split, &mut whole] {
+            rig.offer(heads);
+            assert_eq!(rig.take().unwrap(), heads);
+            rig.publish(heads);
+        }
+        let ring = |rig: &Rig| {
+            let mut bytes = [0; 68];
+            rig.memory.read_slice(&mut bytes, GuestAddress(USED)).unwrap();
+            bytes.to_vec()
+        };
+        assert_eq!(ring(&split), ring(&whole));
+    }
+    assert_eq!((split.used_index(), whole.used_index()), (11, 11));
 }

@@ -137,9 +137,7 @@ fn a_queue_whose_index_runs_ahead_is_left_alone_until_it_is_set_up_anew() {
     let (server, _file) = Server::of_file(1, 1);
     let mut guest = Guest::new(server.connect(), 1, 0);
     guest.start();
-    for _ in 0..=QUEUE_SIZE {
-        guest.offer(0, 0);
-    }
+    guest.run_ahead(0);
     guest.kick(0);
     assert!(wait_for(&guest.queues[0].err, Instant::now() + PATIENCE));
     assert!(guest.used(0).is_none());
