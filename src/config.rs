@@ -108,6 +108,8 @@ pub struct Config {
     pub threads: u16,
     /// How long workers look before they sleep.
     pub polling: Polling,
+    /// `--pin-memory`.
+    pub pin_memory: bool,
     /// First byte of the image the guest sees.
     pub offset: u64,
     /// Most bytes the guest sees.
@@ -226,6 +228,7 @@ impl Options {
             write_back: self.cache == Cache::Writeback,
             block_size: self.block_size,
             polling: self.poll_us,
+            pin_memory: self.pin_memory,
             unmap: self.discard == Discard::Unmap,
             strict: self.barrier == Barrier::Strict,
             max_extents: self.max_extents,

@@ -36,6 +36,7 @@ fn the_defaults_are_the_documented_ones() {
         queue_size: 1024,
         threads: 4,
         polling: Polling::Auto,
+        pin_memory: false,
         offset: 0,
         size_limit: None,
         block_size: 512,
@@ -73,6 +74,7 @@ fn good_values_are_taken() {
         "--serial=12345678901234567890",
         "--max-extents=1",
         "--populate=all",
+        "--pin-memory",
         "--control-path=/c",
         "--log-level=debug",
         "--log-format=json",
@@ -89,6 +91,7 @@ fn good_values_are_taken() {
             && !config.unmap
             && config.strict
             && config.populate
+            && config.pin_memory
     );
     assert_eq!((config.num_queues, config.queue_size, config.threads), (64, 32768, 64));
     assert_eq!(config.polling, Polling::Fixed(std::time::Duration::from_micros(50)));

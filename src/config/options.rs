@@ -65,6 +65,10 @@ pub struct Options {
     /// tries whether it pays.
     #[arg(long, value_name = "auto|N", default_value = "auto")]
     pub poll_us: Polling,
+    /// Pin the guest's memory, which makes each request cheaper. All of it stays in the host's memory then; not for
+    /// guests with a balloon, free page reporting or postcopy migration, which would lose data.
+    #[arg(long)]
+    pub pin_memory: bool,
     /// Where in the image the disk begins, in bytes; suffixes KiB, MiB, GiB, TiB.
     #[arg(long, value_name = "BYTES", default_value = "0")]
     pub offset: String,

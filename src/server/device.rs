@@ -52,6 +52,7 @@ pub(super) fn describe(
         serial: config.serial.clone().unwrap_or_else(|| image.default_serial()),
         strict: config.strict,
         polling: config.polling,
+        pin_memory: config.pin_memory,
         write_back: config.write_back,
         inbox,
     }

@@ -11,6 +11,7 @@
 
 mod enter;
 mod operation;
+mod pinned;
 mod setup;
 mod watch;
 
@@ -27,6 +28,7 @@ use super::buffer::{BouncePool, Buffers, GuestBuffers};
 use crate::engine::io::Buf;
 use crate::engine::{Completion, Geometry, Io, Op, OpId, Tag};
 use operation::Way;
+use pinned::Pinned;
 use setup::TaskRun;
 pub use watch::Hear;
 use watch::Watch;
@@ -64,6 +66,8 @@ pub struct Ring {
     uring: Uring,
     buffers: Buffers,
     slots: Box<[Slot]>,
+    /// The guest memory that is registered.
+    pinned: Option<Pinned>,
     /// Entries of the submission queue that the kernel has not taken yet, oldest first: the operation,
     /// or none for a watch.
     queued: VecDeque<Option<OpId>>,
@@ -151,6 +155,7 @@ impl Ring {
         Ok(Self {
             uring: Uring(uring),
             buffers,
+            pinned: None,
             slots: (0..ops).map(|_| Slot::default()).collect(),
             queued: VecDeque::with_capacity(ops + watches),
             failed: VecDeque::with_capacity(ops),
@@ -257,7 +262,8 @@ impl Ring {
             Op::Zero(_) | Op::Copy { .. } | Op::ConfirmLease => return None,
         };
         let spans = self.buffers.spans(buf)?;
-        operation::transfer(way, target, buf.len(), self.device, spans, &mut slot.iovecs)
+        let pinned = self.pinned.as_ref();
+        operation::transfer(way, target, buf.len(), self.device, spans, pinned, &mut slot.iovecs)
     }
 
     fn push(&mut self, entry: &squeue::Entry) -> Result<(), i32> {

@@ -715,6 +715,66 @@ fn a_device_flush_leaves_dirty_pages_outside_its_range_alone() {
     }
 }
 
+/// R22: what is pinned goes with the memory it belongs to.
+#[test]
+fn pinned_memory_is_read_and_written_until_other_memory_takes_its_place() {
+    let image = Image::new();
+    let mut ring = ring(&image.open(true));
+    let memories = [ram(), ram()];
+    ring.pin(&Arc::default()).unwrap();
+    for (round, memory) in memories.iter().chain([&memories[0]]).enumerate() {
+        ring.pin(memory).unwrap();
+        let bytes: Vec<u8> = (0..BLOCK).map(|at| (at as usize * 7 + round) as u8).collect();
+        memory.write_slice(&bytes, GuestAddress(RAM + 8192)).unwrap();
+        // One piece, which is read and written in place, and two, which are not.
+        set(&mut ring, 0, memory, &[(8192, BLOCK)]);
+        set(&mut ring, 1, memory, &[(1 << 20, 512), (2 << 20, BLOCK - 512)]);
+        assert!(
+            ring.submit(OpId(0), Op::Write(Target::Image(4096), guest(0, 0, BLOCK))).is_pending()
+        );
+        assert_eq!(finish(&mut ring), [Completion { id: OpId(0), result: BLOCK as i32 }]);
+        memory.write_slice(&vec![0; BLOCK as usize], GuestAddress(RAM + 8192)).unwrap();
+        for tag in [0, 1] {
+            let op = Op::Read(Target::Image(4096), guest(tag, 0, BLOCK));
+            assert!(ring.submit(OpId(tag), op).is_pending());
+        }
+        let done = finish(&mut ring);
+        assert!(done.len() == 2 && done.iter().all(|done| done.result == BLOCK as i32), "{done:?}");
+        let mut read = vec![0; BLOCK as usize];
+        memory.read_slice(&mut read, GuestAddress(RAM + 8192)).unwrap();
+        assert!(read == bytes, "round {round}, in place");
+        memory.read_slice(&mut read[..512], GuestAddress(RAM + (1 << 20))).unwrap();
+        memory.read_slice(&mut read[512..], GuestAddress(RAM + (2 << 20))).unwrap();
+        assert!(read == bytes, "round {round}, in pieces");
+        ring.guests().clear(Tag(0));
+        ring.guests().clear(Tag(1));
+    }
+    // The ring and this test; what was pinned before is let go.
+    assert_eq!((Arc::strong_count(&memories[0]), Arc::strong_count(&memories[1])), (2, 1));
+}
+
+/// Memory that cannot be pinned, here because it ends behind the end of its file, works as without.
+#[test]
+fn memory_that_cannot_be_pinned_is_used_unpinned() {
+    let image = Image::new();
+    let mut ring = ring(&image.open(true));
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(64 << 10).unwrap();
+    let backing = vm_memory::FileOffset::new(file.try_clone().unwrap(), 0);
+    let region = (GuestAddress(RAM), 64 << 10, Some(backing));
+    let memory = Arc::new(Memory::from_ranges_with_files([region]).unwrap());
+    file.set_len(32 << 10).unwrap();
+    ring.pin(&memory).unwrap_err();
+    set(&mut ring, 0, &memory, &[(4096, BLOCK)]);
+    assert!(ring.submit(OpId(0), Op::Read(Target::Image(0), guest(0, 0, BLOCK))).is_pending());
+    assert_eq!(finish(&mut ring), [Completion { id: OpId(0), result: BLOCK as i32 }]);
+    let byte: u8 = memory.read_obj(GuestAddress(RAM + 4096)).unwrap();
+    assert_eq!(byte, 0xee);
+    ring.guests().clear(Tag(0));
+    drop(ring);
+    assert_eq!(Arc::strong_count(&memory), 1);
+}
+
 #[test]
 fn the_clock_runs() {
     let image = Image::new();

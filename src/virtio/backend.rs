@@ -226,7 +226,7 @@ impl Backend {
             counters: Arc::clone(&thread.counters),
             max_requests,
             memory: Arc::new(Memory::new()),
-            disk: RingDisk::new(ring, config.geometry.mem_align),
+            disk: RingDisk::new(ring, config.geometry.mem_align, config.pin_memory),
             polling: config.polling,
         })
     }

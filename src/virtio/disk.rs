@@ -17,12 +17,14 @@ use crate::sys::uring::{Hear, Ring};
 pub(crate) struct RingDisk {
     pub(crate) ring: Ring,
     pub(crate) mem_align: u32,
+    /// `--pin-memory`.
+    pin: bool,
     full: Quiet,
 }
 
 impl RingDisk {
-    pub(crate) fn new(ring: Ring, mem_align: u32) -> Self {
-        Self { ring, mem_align, full: Quiet::default() }
+    pub(crate) fn new(ring: Ring, mem_align: u32, pin: bool) -> Self {
+        Self { ring, mem_align, pin, full: Quiet::default() }
     }
 }
 
@@ -74,6 +76,15 @@ impl Disk for RingDisk {
 
     fn attach(&mut self, tag: Tag, memory: &Arc<Memory>, pieces: &[Piece]) -> Option<bool> {
         self.ring.guests().set(tag, Arc::clone(memory), pieces, self.mem_align).ok()
+    }
+
+    fn adopt(&mut self, memory: &Arc<Memory>) {
+        if !self.pin {
+            return;
+        }
+        if let Err(error) = self.ring.pin(memory) {
+            tracing::warn!(%error, "guest memory is not pinned: raise RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=) above its size times --threads");
+        }
     }
 
     fn detach(&mut self, tag: Tag) {

@@ -77,6 +77,8 @@ pub struct DeviceConfig {
     pub serial: String,
     /// How long workers look before they sleep (`--poll-us`).
     pub polling: Polling,
+    /// Guest memory is registered with the rings (`--pin-memory`).
+    pub pin_memory: bool,
     /// FLUSH holds later requests back (`--barrier=strict`).
     pub strict: bool,
     /// The `writeback` field of a new device.

@@ -99,6 +99,7 @@ pub(crate) fn device(image: OwnedFd, num_queues: u16, threads: u16) -> (Arc<Devi
         serial: "serial".to_owned(),
         strict: false,
         polling: Polling::default(),
+        pin_memory: false,
         write_back: true,
         inbox: poster,
     };

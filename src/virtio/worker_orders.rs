@@ -128,6 +128,9 @@ impl<D: Disk> Worker<D> {
                 }
             }
             Then::Memory(memory) => {
+                if let Some(disk) = &mut self.disk {
+                    disk.adopt(&memory);
+                }
                 self.memory = memory;
                 (0..self.queues.len()).for_each(|place| self.begin_anew(place));
             }

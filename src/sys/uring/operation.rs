@@ -4,6 +4,7 @@
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{opcode, squeue};
 
+use super::pinned::Pinned;
 use crate::engine::io::Target;
 use crate::engine::units::DeviceOffset;
 use crate::sys::buffer::{Span, Spans};
@@ -25,7 +26,7 @@ pub(super) enum Way {
 }
 
 /// A transfer of `len` bytes between `target` and the memory that `spans` yields. `iovecs` is the
-/// operation's own list: it must stay as it is until the operation completes.
+/// operation's own list: it must stay as it is until the operation completes. Memory that is `pinned` is named by its buffer.
 ///
 /// `None` if the target is the device and there is none (`device`), or if the range ends beyond
 /// what file offsets can say. That includes `u64::MAX`, which io_uring would take for "wherever the
@@ -36,6 +37,7 @@ pub(super) fn transfer(
     len: u32,
     device: bool,
     mut spans: Spans<'_>,
+    pinned: Option<&Pinned>,
     iovecs: &mut Vec<libc::iovec>,
 ) -> Option<squeue::Entry> {
     let (file, offset) = match target {
@@ -44,10 +46,17 @@ pub(super) fn transfer(
     };
     in_range(offset, len)?;
     let single = spans.single().and_then(|span| Some((span, u32::try_from(span.len).ok()?)));
-    if let Some((Span { base, .. }, len)) = single {
-        return Some(match way {
-            Way::Read => opcode::Read::new(file, base, len).offset(offset).build(),
-            Way::Write => opcode::Write::new(file, base, len).offset(offset).build(),
+    if let Some((span @ Span { base, .. }, len)) = single {
+        let buffer = pinned.and_then(|pinned| pinned.buffer_of(span));
+        return Some(match (way, buffer) {
+            (Way::Read, Some(buffer)) => {
+                opcode::ReadFixed::new(file, base, len, buffer).offset(offset).build()
+            }
+            (Way::Write, Some(buffer)) => {
+                opcode::WriteFixed::new(file, base, len, buffer).offset(offset).build()
+            }
+            (Way::Read, None) => opcode::Read::new(file, base, len).offset(offset).build(),
+            (Way::Write, None) => opcode::Write::new(file, base, len).offset(offset).build(),
         });
     }
     iovecs.clear();

@@ -15,7 +15,9 @@ const MAX_OPS: u32 = 32768;
 const MAX_SQ: u32 = 4096;
 
 /// The kernel's names of what a ring may still register, which the crate keeps to itself:
-/// IORING_UNREGISTER_FILES, IORING_REGISTER_FILES_UPDATE, IORING_REGISTER_SYNC_CANCEL.
+/// IORING_REGISTER_BUFFERS, IORING_UNREGISTER_BUFFERS, IORING_UNREGISTER_FILES, IORING_REGISTER_FILES_UPDATE, IORING_REGISTER_SYNC_CANCEL.
+const REGISTER_BUFFERS: u8 = 0;
+const UNREGISTER_BUFFERS: u8 = 1;
 const UNREGISTER_FILES: u8 = 3;
 const FILES_UPDATE: u8 = 6;
 const SYNC_CANCEL: u8 = 24;
@@ -114,16 +116,20 @@ fn best(ops: u32, ways: &[TaskRun]) -> io::Result<(IoUring, TaskRun)> {
     result
 }
 
-fn restrictions() -> [Restriction; 12] {
+fn restrictions() -> [Restriction; 16] {
     let fixed = squeue::Flags::FIXED_FILE.bits();
     [
         Restriction::sqe_op(opcode::Read::CODE),
         Restriction::sqe_op(opcode::Readv::CODE),
+        Restriction::sqe_op(opcode::ReadFixed::CODE),
         Restriction::sqe_op(opcode::Write::CODE),
+        Restriction::sqe_op(opcode::WriteFixed::CODE),
         Restriction::sqe_op(opcode::Writev::CODE),
         Restriction::sqe_op(opcode::Fsync::CODE),
         Restriction::sqe_op(opcode::Fallocate::CODE),
         Restriction::sqe_op(opcode::PollAdd::CODE),
+        Restriction::register_op(REGISTER_BUFFERS),
+        Restriction::register_op(UNREGISTER_BUFFERS),
         Restriction::register_op(UNREGISTER_FILES),
         Restriction::register_op(FILES_UPDATE),
         Restriction::register_op(SYNC_CANCEL),
