@@ -13,7 +13,7 @@ use super::native::Native;
 use super::subject::{Device, Subject};
 use super::workload::{Request, Workload};
 use crate::rig::command::{context, run};
-use crate::rig::{Daemon, Filesystem, Kind, LoopDisk, Mount, Rig};
+use crate::rig::{Daemon, Filesystem, Kind, LoopDisk, Mount, Rig, syscalls};
 
 /// Room for the filesystem's own blocks and for small images.
 const MARGIN: u64 = 1 << 30;
@@ -173,11 +173,10 @@ impl Ground {
 /// System calls are counted with the kernel's tracepoints, whose numbers are found in a filesystem that is not mounted
 /// everywhere.
 fn tracing() -> Option<Mount> {
-    if super::syscalls::available() {
-        return None;
-    }
-    let mounted = Mount::of_kind("tracefs", Path::new(super::syscalls::TRACING));
-    mounted.map_err(|error| eprintln!("system calls are not counted: {error}")).ok()
+    syscalls::tracing().unwrap_or_else(|error| {
+        eprintln!("system calls are not counted: {error}");
+        None
+    })
 }
 
 /// Writes `size` bytes, whole MiB, durably and past the page cache: random ones, the same few MiB over and over.

@@ -9,9 +9,9 @@ use super::guest::{Guest, Wait};
 use super::load::{self, Disk, Sample, Timing};
 use super::native::Native;
 use super::subject::Subject;
-use super::syscalls::Counter;
 use super::usage::{Machine, Memory, Usage};
 use super::workload::{Order, Workload};
+use crate::rig::syscalls::Counter;
 use crate::rig::{Daemon, Status};
 
 /// What one run came to. What a subject without a server does not have is `None`.

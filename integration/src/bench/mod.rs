@@ -10,7 +10,7 @@
 //! | `ground`, `subject` | disks, images and servers |
 //! | `workload`, `load` | which requests, and the loop that keeps them in flight |
 //! | `guest`, `native` | where they go: a virtqueue, or an io_uring of the client's own |
-//! | `measure`, `usage`, `syscalls` | one run, and what it cost the server |
+//! | `measure`, `usage` | one run, and what it cost the server |
 //! | `sections` | what is no workload |
 //! | `report`, `targets` | the figures, and what they must be |
 //! | `table`, `chart`, `plots`, `page` | how people see them |
@@ -30,7 +30,6 @@ mod report;
 mod sections;
 mod stats;
 mod subject;
-mod syscalls;
 mod table;
 mod targets;
 mod usage;

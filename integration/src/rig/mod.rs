@@ -15,8 +15,10 @@
 //! | [`client::Client`] | libblkio's virtio-blk driver over vhost-user, with deadlines |
 //! | [`frontend::Frontend`] | hand-made rings over `vhost`'s frontend for what no well-behaved driver does |
 //! | [`outside`] | what others on the host do: readers, a full disk, a frozen filesystem |
+//! | [`allocations`], [`heap`], [`syscalls`] | what threads of this process ask of the heap, and others of the kernel |
 //! | [`model`] | the flat byte model, and self-describing sectors |
 
+pub mod allocations;
 pub mod bed;
 pub mod client;
 pub mod command;
@@ -39,6 +41,7 @@ pub mod random;
 pub mod ring;
 pub mod scope;
 pub mod stamped;
+pub mod syscalls;
 pub mod wait;
 pub mod workload;
 

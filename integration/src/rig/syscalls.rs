@@ -6,9 +6,12 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{FromRawFd, RawFd};
+use std::path::Path;
+
+use super::filesystem::Mount;
 
 /// Where the kernel's tracing is to be mounted.
-pub(super) const TRACING: &str = "/sys/kernel/tracing";
+const TRACING: &str = "/sys/kernel/tracing";
 /// Where the tracepoint's number is, below that.
 const ID: &str = "events/raw_syscalls/sys_enter/id";
 const PERF_TYPE_TRACEPOINT: u64 = 2;
@@ -16,9 +19,12 @@ const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
 /// Bytes of the first published `perf_event_attr`, which has all that a plain counter needs.
 const ATTR_SIZE: u64 = 64;
 
-/// Whether the tracepoint is there.
-pub(super) fn available() -> bool {
-    tracepoint().is_some()
+/// Mounts what the tracepoint's number is found in, where it is not mounted.
+pub fn tracing() -> io::Result<Option<Mount>> {
+    if tracepoint().is_some() {
+        return Ok(None);
+    }
+    Mount::of_kind("tracefs", Path::new(TRACING)).map(Some)
 }
 
 fn tracepoint() -> Option<u64> {
@@ -27,11 +33,11 @@ fn tracepoint() -> Option<u64> {
 
 /// A running counter over the threads a process had when it was made.
 #[derive(Debug)]
-pub(super) struct Counter(Vec<File>);
+pub struct Counter(Vec<File>);
 
 impl Counter {
     /// Starts counting; `None` where the kernel or the system's settings do not let us.
-    pub(super) fn start(pid: u32) -> Option<Counter> {
+    pub fn start(pid: u32) -> Option<Counter> {
         let id = tracepoint()?;
         let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
         let ids = threads.flatten().filter_map(|t| t.file_name().to_str()?.parse().ok());
@@ -39,8 +45,15 @@ impl Counter {
         counters.ok().map(Counter)
     }
 
+    /// The same for one thread only; an error says why not.
+    pub fn of_thread(thread: libc::pid_t) -> io::Result<Counter> {
+        let id =
+            tracepoint().ok_or_else(|| io::Error::other(format!("{TRACING}/{ID} is not there")))?;
+        open(id, thread).map(|counter| Counter(vec![counter]))
+    }
+
     /// Calls made since the start.
-    pub(super) fn read(&self) -> io::Result<u64> {
+    pub fn read(&self) -> io::Result<u64> {
         let mut total = 0;
         for mut counter in &self.0 {
             let mut value = [0; 8];
