@@ -11,7 +11,7 @@ PACKAGES_BOOT=(gcc libc6-dev pkg-config e2fsprogs busybox-static cpio kmod util-
 PACKAGES_GUEST=("${PACKAGES_BOOT[@]}" fio xfsprogs cryptsetup-bin)
 # What the tests make their images and disks with, and what checks these scripts.
 # shellcheck disable=SC2034
-PACKAGES_TEST=("${PACKAGES_BOOT[@]}" xfsprogs btrfs-progs shellcheck kcov)
+PACKAGES_TEST=("${PACKAGES_BOOT[@]}" xfsprogs btrfs-progs shellcheck kcov valgrind)
 # The oldest QEMU that is compared with.
 QEMU_MAJOR=10
 

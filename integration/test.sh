@@ -82,8 +82,17 @@ exhaust() {
 }
 
 # The daemon that is shipped, built by itself: together with the test tool it would get the tool's feature.
+build_extentd() {
+    cargo build --quiet --release --locked --package extentd --bin extentd
+}
+
+guard() {
+    build_extentd &&
+        cargo run --quiet --release --locked --package integration -- guard --extentd "$target/release/extentd"
+}
+
 crash_hosts() {
-    cargo build --quiet --release --locked --package extentd --bin extentd &&
+    build_extentd &&
         cargo run --quiet --release --locked --package integration -- \
             crash --cuts "$CUTS" --kills "$KILLS" --extentd "$target/release/extentd"
 }
@@ -110,6 +119,7 @@ step "unit and device tests" run_tests
 step "documentation tests" cargo test --quiet --locked --workspace --doc
 step "simulator" simulate
 step "every interleaving of small scripts" exhaust
+step "what the hot path may cost" guard
 step "coverage of the core" integration/coverage.sh
 step "power cuts and kills" crash_hosts
 step "power cuts notice a missing fdatasync" crash_mutant no-metadata-fsync

@@ -3,6 +3,7 @@
 
 pub mod bench;
 pub mod crash;
+pub mod guard;
 pub mod map_scale;
 pub mod rig;
 pub mod sim;

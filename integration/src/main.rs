@@ -8,7 +8,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use extentd::config::invocation::{self, Invocation};
 use extentd::server::{self, AllSignals};
-use integration::{bench, crash, map_scale, sim};
+use integration::rig::allocations::Counting;
+use integration::{bench, crash, guard, map_scale, sim};
+
+/// For the guard; what counting costs shows in nothing that is measured here.
+#[global_allocator]
+static HEAP: Counting = Counting;
 
 /// Rigs, simulator and benches of extentd.
 #[derive(Debug, Parser)]
@@ -36,6 +41,17 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Measure the extent map, from one extent to ten million.
     Map(map_scale::Options),
+    /// Hold the hot path to what it may cost: allocations, instructions, system calls and memory, as figures that no
+    /// clock decides and that are the same on every machine. Each has a ceiling in integration/src/guard/ceilings.rs.
+    /// Needs root, for loop devices, and valgrind.
+    Guard(guard::Options),
+    /// Be what the guard counts.
+    #[command(name = guard::PART, hide = true)]
+    GuardPart {
+        /// What.
+        #[command(subcommand)]
+        part: guard::Part,
+    },
 }
 
 fn main() -> ExitCode {
@@ -50,6 +66,8 @@ fn main() -> ExitCode {
         },
         Command::Bench(args) => bench::run(args),
         Command::Map(options) => map_scale::run(&options),
+        Command::Guard(options) => guard::run(&options),
+        Command::GuardPart { part } => guard::run_part(&part),
     }
 }
 
