@@ -40,12 +40,12 @@ pub(super) const CEILINGS: &[Ceiling] = &[
     exact("allocations, 128 KiB, depth 32", 0.0),
     // A flush is six messages between that thread and the keeper, and a channel's memory is for 31 of them.
     at_most("allocations, flushes", 0.194, 0.2),
-    instructions("instructions, 4 KiB read, hint", 2378.0),
-    instructions("instructions, 4 KiB read, any of 1 M extents", 3194.0),
-    instructions("instructions, 4 KiB write", 2437.0),
-    instructions("instructions, 128 KiB read, 32 pieces of memory", 7770.0),
-    instructions("instructions, 128 KiB read, 32 extents", 34560.0),
-    instructions("instructions, lookup, any of 1 M extents", 894.0),
+    instructions("instructions, 4 KiB read, hint", 2117.0),
+    instructions("instructions, 4 KiB read, any of 1 M extents", 2924.0),
+    instructions("instructions, 4 KiB write", 2177.0),
+    instructions("instructions, 128 KiB read, 32 pieces of memory", 6081.0),
+    instructions("instructions, 128 KiB read, 32 extents", 33919.0),
+    instructions("instructions, lookup, any of 1 M extents", 886.0),
     // The kick ends one io_uring_enter; the next one submits and sleeps until the disk has answered; to signal the guest
     // takes a poll and a write. A batch takes one enter more, since one hands some 20 completions over.
     exact("system calls, 4 KiB reads, depth 1", 4.0),
