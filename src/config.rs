@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The command line: raw [`Options`] as typed, and the [`Config`] that has been checked and does
-//! not change any more.
+//! The command line, and the file it may name: raw [`Options`] as typed, and the [`Settings`] that have
+//! been checked and do not change any more.
 
+mod file;
 pub mod invocation;
 mod options;
 pub mod size;
@@ -12,7 +13,10 @@ use std::path::PathBuf;
 
 use rustix::fs::{Gid, Uid};
 
-pub use options::{Barrier, Cache, Discard, Format, LogFormat, LogLevel, Mode, Options, Populate};
+pub use file::FileError;
+pub use options::{
+    Arguments, Barrier, Cache, Discard, Format, LogFormat, LogLevel, Mode, Options, Populate,
+};
 use size::{SizeError, parse_size};
 
 use crate::virtio::spin::Polling;
@@ -85,7 +89,18 @@ impl SocketOptions {
     }
 }
 
-/// A checked configuration.
+/// What the process is to do, checked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Settings {
+    /// The devices it serves, at least one.
+    pub devices: Vec<Config>,
+    /// Least important messages logged.
+    pub log_level: LogLevel,
+    /// Format of the log.
+    pub log_format: LogFormat,
+}
+
+/// A device's checked configuration.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Config {
     /// The image.
@@ -128,13 +143,9 @@ pub struct Config {
     pub populate: bool,
     /// The control socket.
     pub control: Option<SocketOptions>,
-    /// Least important messages logged.
-    pub log_level: LogLevel,
-    /// Format of the log.
-    pub log_format: LogFormat,
 }
 
-/// What is wrong with the command line. One line, with the fix.
+/// What is wrong with a device's options. One line, with the fix.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum ConfigError {
@@ -233,8 +244,6 @@ impl Options {
             strict: self.barrier == Barrier::Strict,
             max_extents: self.max_extents,
             populate,
-            log_level: self.log_level,
-            log_format: self.log_format,
         })
     }
 

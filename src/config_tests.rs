@@ -9,8 +9,10 @@ fn environment() -> Environment {
 
 fn resolve_in(environment: &Environment, arguments: &[&str]) -> Result<Config, String> {
     let all = ["extentd", "--blk-file", "/i"].iter().chain(arguments);
-    let options = Options::try_parse_from(all).map_err(|error| error.to_string())?;
-    options.resolve(environment).map_err(|error| error.to_string())
+    let arguments = Arguments::try_parse_from(all).map_err(|error| error.to_string())?;
+    let settings = arguments.resolve(environment)?;
+    let [config] = settings.devices.try_into().unwrap();
+    Ok(config)
 }
 
 fn resolve(arguments: &[&str]) -> Result<Config, String> {
@@ -19,7 +21,7 @@ fn resolve(arguments: &[&str]) -> Result<Config, String> {
 
 #[test]
 fn the_command_line_is_consistent() {
-    Options::command().debug_assert();
+    Arguments::command().debug_assert();
 }
 
 #[test]
@@ -46,8 +48,6 @@ fn the_defaults_are_the_documented_ones() {
         max_extents: 1 << 20,
         populate: false,
         control: None,
-        log_level: LogLevel::Info,
-        log_format: LogFormat::Text,
     };
     assert_eq!(config, expected);
 }
@@ -76,8 +76,6 @@ fn good_values_are_taken() {
         "--populate=all",
         "--pin-memory",
         "--control-path=/c",
-        "--log-level=debug",
-        "--log-format=json",
     ])
     .unwrap();
     let Endpoint::Path(socket) = &config.endpoint else { panic!("not a path") };
@@ -166,9 +164,24 @@ fn the_socket_comes_from_one_place() {
 
 #[test]
 fn options_of_later_work_are_absent() {
-    for option in ["--config", "--connect", "--iops", "--metrics", "--sandbox"] {
+    for option in ["--connect", "--iops", "--metrics", "--sandbox"] {
         assert!(resolve(&[option, "x"]).unwrap_err().contains("unexpected argument"), "{option}");
     }
+}
+
+#[test]
+fn the_log_is_the_process_s() {
+    let settings = |arguments: &[&str]| {
+        let all = ["extentd", "--blk-file=/i", "--socket-path=/s"];
+        let arguments = Arguments::try_parse_from(all.iter().chain(arguments)).unwrap();
+        let settings = arguments.resolve(&environment()).unwrap();
+        (settings.log_level, settings.log_format)
+    };
+    assert_eq!(settings(&[]), (LogLevel::Info, LogFormat::Text));
+    assert_eq!(
+        settings(&["--log-level=debug", "--log-format=json"]),
+        (LogLevel::Debug, LogFormat::Json)
+    );
 }
 
 #[test]

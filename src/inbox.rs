@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The main loop's inbox: a channel plus an eventfd that its epoll watches. Queue threads, the
-//! helper and the session's relay post here; only the main loop reads.
+//! A main loop's inbox: a channel plus an eventfd that its epoll watches. Into a device's the queue
+//! threads, the helper, the session's relay and the process post; only that device's main loop reads.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -25,6 +25,14 @@ pub enum Event {
     Quiesced(WorkerId),
     /// The frontend reset the device or a new driver took over: an old flush error is forgotten (R16).
     DeviceReset,
+    /// Somebody waits for the lease.
+    LeaseBreak,
+    /// Something happened to the image's inode.
+    InodeTouched,
+    /// Frontends may be let in.
+    Listen,
+    /// The device is to end.
+    Stop,
 }
 
 #[derive(Debug)]
@@ -36,15 +44,15 @@ struct Bell {
 
 /// The reading end.
 #[derive(Debug)]
-pub struct Inbox {
-    events: Receiver<Event>,
+pub struct Inbox<T = Event> {
+    events: Receiver<T>,
     bell: Arc<Bell>,
 }
 
 /// A posting end; clone one per thread.
-#[derive(Clone, Debug)]
-pub struct Poster {
-    events: Sender<Event>,
+#[derive(Debug)]
+pub struct Poster<T = Event> {
+    events: Sender<T>,
     bell: Arc<Bell>,
 }
 
@@ -52,14 +60,14 @@ pub struct Poster {
 ///
 /// # Errors
 /// The eventfd could not be made.
-pub fn inbox() -> io::Result<(Inbox, Poster)> {
+pub fn inbox<T>() -> io::Result<(Inbox<T>, Poster<T>)> {
     let (sender, receiver) = mpsc::channel();
     let fd = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
     let bell = Arc::new(Bell { rung: AtomicBool::new(false), fd });
     Ok((Inbox { events: receiver, bell: Arc::clone(&bell) }, Poster { events: sender, bell }))
 }
 
-impl Inbox {
+impl<T> Inbox<T> {
     /// Silences the bell; call it before draining with [`next`](Self::next).
     pub fn hear(&self) {
         // First the fd: a post in between finds the bell rung and does not ring it, and its mail is
@@ -70,20 +78,26 @@ impl Inbox {
     }
 
     /// The next event, without waiting.
-    pub fn next(&self) -> Option<Event> {
+    pub fn next(&self) -> Option<T> {
         self.events.try_recv().ok()
     }
 }
 
-impl AsRawFd for Inbox {
+impl<T> AsRawFd for Inbox<T> {
     fn as_raw_fd(&self) -> RawFd {
         self.bell.fd.as_raw_fd()
     }
 }
 
-impl Poster {
+impl<T> Clone for Poster<T> {
+    fn clone(&self) -> Self {
+        Self { events: self.events.clone(), bell: Arc::clone(&self.bell) }
+    }
+}
+
+impl<T> Poster<T> {
     /// Posts an event. Does nothing once the inbox is gone: the process is ending.
-    pub fn post(&self, event: Event) {
+    pub fn post(&self, event: T) {
         if self.events.send(event).is_ok() && !self.bell.rung.swap(true, Ordering::SeqCst) {
             // Only a counter at its maximum can fail here, and that is rung already.
             let _ = self.bell.fd.write(1);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! extentd: options → configuration → run.
+//! extentd: options → settings → run.
 
 use std::process::ExitCode;
 
@@ -10,8 +10,8 @@ use extentd::server::{self, AllSignals, ServeError};
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let config = match invocation::parse(std::env::args_os()) {
-        Ok(Invocation::Serve(config)) => config,
+    let settings = match invocation::parse(std::env::args_os()) {
+        Ok(Invocation::Serve(settings)) => settings,
         Ok(Invocation::Print(text)) => return invocation::print(&text),
         Err(line) => return invocation::fail(&line, USAGE),
     };
@@ -19,8 +19,8 @@ fn main() -> ExitCode {
     let served = AllSignals::block()
         .map_err(|source| ServeError::Io { action: "block signals", source })
         .and_then(|signals| {
-            server::start_log(&config);
-            server::run(&config, signals)
+            server::start_log(&settings);
+            server::run(&settings, signals)
         });
     match served {
         Ok(()) => ExitCode::SUCCESS,

@@ -74,12 +74,12 @@ fn main() -> ExitCode {
 /// What extentd's `main` does, without the rule that `mutant` breaks.
 fn serve(mutant: sim::Mutant, arguments: Vec<OsString>) -> Result<(), Box<dyn Error>> {
     let arguments = std::iter::once("extentd".into()).chain(arguments);
-    let Invocation::Serve(config) = invocation::parse(arguments)? else {
+    let Invocation::Serve(settings) = invocation::parse(arguments)? else {
         return Err("nothing to serve was named".into());
     };
     // Before any thread exists (R1).
     let signals = AllSignals::block()?;
-    server::start_log(&config);
-    server::run_under(&config, sim::Mutant::rules(Some(mutant)), signals)?;
+    server::start_log(&settings);
+    server::run_under(&settings, sim::Mutant::rules(Some(mutant)), signals)?;
     Ok(())
 }

@@ -9,13 +9,13 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 
-use super::{CAPABILITIES, Config, Environment, Options};
+use super::{Arguments, CAPABILITIES, Environment, LogFormat, LogLevel, Settings, file};
 
 /// What the arguments ask for.
 #[derive(Debug)]
 pub enum Invocation {
     /// To serve.
-    Serve(Box<Config>),
+    Serve(Settings),
     /// To print this and exit.
     Print(String),
 }
@@ -30,12 +30,32 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, St
     if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
         return Ok(Invocation::Print(format!("{CAPABILITIES}\n")));
     }
-    let options = match Options::try_parse_from(arguments) {
-        Ok(options) => options,
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
         Err(error) => return usage(&error).map(Invocation::Print),
     };
-    let config = options.resolve(&Environment::current()).map_err(|error| error.to_string())?;
-    Ok(Invocation::Serve(Box::new(config)))
+    arguments.resolve(&Environment::current()).map(Invocation::Serve)
+}
+
+impl Arguments {
+    /// One device from the command line, or those of a file.
+    ///
+    /// # Errors
+    /// One line for the user.
+    pub fn resolve(self, environment: &Environment) -> Result<Settings, String> {
+        let log = (self.log_level, self.log_format);
+        if let Some(path) = &self.config {
+            return file::read(path, log, environment).map_err(|error| error.to_string());
+        }
+        // The parser has seen to it that there is one of the two.
+        let options = self.device.ok_or("no device to serve (see --help)")?;
+        let config = options.resolve(environment).map_err(|error| error.to_string())?;
+        Ok(Settings {
+            devices: vec![config],
+            log_level: log.0.unwrap_or(LogLevel::Info),
+            log_format: log.1.unwrap_or(LogFormat::Text),
+        })
+    }
 }
 
 /// clap's answer: help and version are to be printed, a mistake becomes one line.
@@ -106,6 +126,9 @@ mod tests {
             (&["--blk-file=i", "--mode=fast"], "invalid value 'fast' for '--mode <MODE>'"),
             (&["--blk-file=i", "--num-queues=x"], "invalid value 'x' for '--num-queues <N>'"),
             (&["--blk-file=i", "--num-queues=65", "--fd=3"], "--num-queues 65: must be 1 to 64"),
+            (&["--config=f", "--blk-file=i"], "the argument '--config <FILE>' cannot be used with"),
+            (&["--config=f", "--read-only"], "the argument '--config <FILE>' cannot be used with"),
+            (&["--config=/no/file"], "--config /no/file: No such file or directory"),
         ] {
             let error = parsed(arguments).unwrap_err();
             assert!(error.starts_with(line) && error.lines().count() == 1, "{error}");

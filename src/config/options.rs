@@ -4,16 +4,38 @@
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::{Args, Parser, ValueEnum};
 
 use crate::virtio::spin::Polling;
 
 /// Serve a file-backed disk image to a guest over vhost-user, straight from the disk's sectors.
 #[derive(Debug, Parser)]
-#[command(name = "extentd", version, about, long_about = None, max_term_width = 100)]
+#[command(name = "extentd", version, about, max_term_width = 100)]
+pub struct Arguments {
+    /// The one device to serve; none if a file lists them.
+    #[command(flatten)]
+    pub device: Option<Options>,
+    /// Serve the devices that this TOML file lists, all in this process: a [[device]] for each, with the
+    /// options above for keys. Only log options may be given beside it.
+    #[arg(long, value_name = "FILE", conflicts_with = "Options")]
+    pub config: Option<PathBuf>,
+    /// Print what this backend can do as JSON and exit; everything else is ignored.
+    #[arg(long)]
+    pub print_capabilities: bool,
+    /// Least important messages logged to stderr [default: info].
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<LogLevel>,
+    /// Format of the log [default: text].
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+}
+
+// No comment that documents it: it would become the program's description.
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
 pub struct Options {
     /// Disk image: a regular file or a block device.
-    #[arg(long, value_name = "PATH", required = true)]
+    #[arg(long, value_name = "PATH", required = false, required_unless_present = "config")]
     pub blk_file: PathBuf,
     /// Listen for the frontend on this Unix socket; a stale socket is replaced, a live one is an
     /// error.
@@ -91,15 +113,6 @@ pub struct Options {
     /// Control socket for extentctl, mode 0600.
     #[arg(long, value_name = "PATH")]
     pub control_path: Option<PathBuf>,
-    /// Print what this backend can do as JSON and exit; everything else is ignored.
-    #[arg(long)]
-    pub print_capabilities: bool,
-    /// Least important messages logged to stderr.
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
-    pub log_level: LogLevel,
-    /// Format of the log.
-    #[arg(long, value_name = "FORMAT", default_value = "text")]
-    pub log_format: LogFormat,
 }
 
 /// `--format`.

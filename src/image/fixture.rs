@@ -12,7 +12,7 @@ use rustix::io::{pread, pwrite};
 use tempfile::TempDir;
 
 use super::aligned::AlignedBuf;
-use super::{BorrowedFd, FileRange, Image, ModeChoice, OpenError, Options};
+use super::{BorrowedFd, FileRange, Image, ModeChoice, OpenError, Options, Watch, Watches};
 use crate::engine::extent::State;
 use crate::engine::message::{Job, JobDone, MapAnswer};
 use crate::sys::page_cache;
@@ -170,6 +170,11 @@ pub(super) fn open(path: &Path) -> Arc<Image> {
 
 pub(super) const ENTERED: JobDone = JobDone::Enter(Ok(()));
 pub(super) const BLOCK: u64 = 4096;
+
+/// A watch of its own on the image.
+pub(super) fn watch(image: &Arc<Image>) -> Watch {
+    image.watch(&Arc::new(Watches::new().unwrap())).unwrap()
+}
 
 pub(super) fn blocks(from: u64, to: u64) -> FileRange {
     FileRange::new(from * BLOCK, to * BLOCK)

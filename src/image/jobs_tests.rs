@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::fixture::{
     BLOCK, Disk, ENTERED, blocks, cached, device_test, map_some, open, options, picture, read_raw,
-    sh, write_blocks, write_direct,
+    sh, watch, write_blocks, write_direct,
 };
 use super::*;
 use crate::engine::extent::State;
@@ -199,7 +199,7 @@ device_test!(an_unlinked_image_is_served_on, {
     let disk = Disk::ext4();
     let path = disk.file("image", 16);
     let image = open(&path);
-    let watch = image.watch().unwrap();
+    let watch = watch(&image);
     assert_eq!(image.run(&Job::Enter), ENTERED);
     assert_eq!(watch.check().unwrap(), Change::Unchanged);
     fs::remove_file(&path).unwrap();
@@ -227,7 +227,7 @@ device_test!(a_size_that_changed_before_direct_mode_refuses_it, {
     let disk = Disk::ext4();
     let path = disk.file("image", 16);
     let image = open(&path);
-    let watch = image.watch().unwrap();
+    let watch = watch(&image);
     File::options().append(true).open(&path).unwrap().write_all(&[0; 512]).unwrap();
     assert_eq!(watch.check().unwrap(), Change::SizeChanged);
     assert_eq!(image.run(&Job::Enter), JobDone::Enter(Err(Refusal::Changed)));

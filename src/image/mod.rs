@@ -40,14 +40,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::fs::{
-    AtFlags, StatxFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, fstat, futimens, major,
-    minor, stat, statx,
+    AtFlags, FileType, StatxFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, fstat, futimens,
+    major, minor, stat, statx,
 };
 
 pub use self::eligible::NotEligible;
 pub use self::error::OpenError;
 pub use self::format::Format;
-pub use self::watch::{Change, Watch};
+pub use self::watch::{Change, Watch, WatchId, Watches};
 pub use crate::sys::signals::{LeaseSignal, LeaseSignals, block_lease_signals};
 
 use self::device::Device;
@@ -114,6 +114,27 @@ pub struct Topology {
 struct Identity {
     dev: u64,
     ino: u64,
+}
+
+/// By which two paths are seen to lead to the same image.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum FileKey {
+    /// A regular file, by its filesystem and its inode.
+    File(u64, u64),
+    /// A block device, by its number: several nodes may name it.
+    Device(u64),
+}
+
+impl FileKey {
+    /// What is at a path now; seen without opening it, which would break the lease of whoever serves it.
+    #[must_use]
+    pub fn at(path: &Path) -> Option<Self> {
+        let stat = stat(path).ok()?;
+        Some(match FileType::from_raw_mode(stat.st_mode) {
+            FileType::BlockDevice => Self::Device(stat.st_rdev),
+            _ => Self::File(stat.st_dev, stat.st_ino),
+        })
+    }
 }
 
 /// An open image.
@@ -253,6 +274,13 @@ impl Image {
         serial
     }
 
+    /// What it is, whatever its path.
+    #[must_use]
+    pub fn key(&self) -> FileKey {
+        let Identity { dev, ino } = self.identity;
+        self.block_device.map_or(FileKey::File(dev, ino), FileKey::Device)
+    }
+
     /// As given.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -318,8 +346,8 @@ impl Image {
     ///
     /// # Errors
     /// inotify's.
-    pub fn watch(self: &Arc<Self>) -> io::Result<Watch> {
-        Watch::new(Arc::clone(self))
+    pub fn watch(self: &Arc<Self>, watches: &Arc<Watches>) -> io::Result<Watch> {
+        Watch::new(Arc::clone(self), Arc::clone(watches))
     }
 
     /// Whether a writable image would get its lease (R1): for one opened read-only, whose own lease

@@ -3,7 +3,9 @@
 
 use std::fs;
 
-use super::fixture::{BLOCK, Disk, ENTERED, blocks, device_test, map_some, open, sh, write_direct};
+use super::fixture::{
+    BLOCK, Disk, ENTERED, blocks, device_test, map_some, open, sh, watch, write_direct,
+};
 use super::*;
 use crate::control::map;
 use crate::engine::message::{Job, JobDone, Proof, Refusal};
@@ -18,7 +20,7 @@ device_test!(a_file_cut_and_grown_again_is_noticed, {
     sh(&format!("mkdir -p {0}/upper {0}/lower {0}/work", base.display()));
     let path = disk.file("upper/image", 1024);
     let image = open(&path);
-    let watch = image.watch().unwrap();
+    let watch = watch(&image);
     assert_eq!(image.run(&Job::Enter), ENTERED);
     assert_eq!(watch.check().unwrap(), Change::Unchanged);
     // Our own punches are no reason.

@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Watches an image for what breaks no lease: a change of its size (R5a), the loss of its name
+//! Watches images for what breaks no lease: a change of an image's size (R5a), the loss of its name
 //! (R24).
 
 use std::cell::Cell;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use rustix::fs::stat;
 use rustix::io::Errno;
 
-use super::{Identity, Image};
+use super::Image;
 
-/// Most events taken in one look.
+/// Most events taken in one go.
 const EVENTS: u32 = 1024;
 
 /// Blocks lost from one look to the next that mean nothing, in units of 512 bytes: a file's blocks include those of
@@ -35,53 +34,102 @@ pub enum Change {
     Unlinked,
 }
 
-/// An inotify watch on the image. Non-blocking; readable when the file was touched in some way.
+/// A watch's name among [`Watches`].
+pub type WatchId = i32;
+
+/// What is heard when the kernel had no room for an event: any image may have changed.
+const OVERFLOW: WatchId = -1;
+
+/// The watches on all images of the process: one inotify instance, for a user may not have many.
+/// Non-blocking; readable when a file was touched in some way.
+#[derive(Debug)]
+pub struct Watches {
+    inotify: OwnedFd,
+}
+
+impl Watches {
+    /// None yet.
+    ///
+    /// # Errors
+    /// inotify's; with what to raise if it is the user's limit.
+    pub fn new() -> io::Result<Self> {
+        let flags = CreateFlags::NONBLOCK | CreateFlags::CLOEXEC;
+        Ok(Self { inotify: inotify::init(flags).map_err(not_made)? })
+    }
+
+    /// Takes the events. Calls `touched` with the watches that have to be looked at, or with `None`
+    /// if that is every one.
+    ///
+    /// # Errors
+    /// The read's.
+    pub fn hear(&self, mut touched: impl FnMut(Option<WatchId>)) -> io::Result<()> {
+        let mut buffer = [MaybeUninit::<u8>::uninit(); 1024];
+        let mut events = inotify::Reader::new(&self.inotify, &mut buffer);
+        // Others can make events as fast as we read them; what is left wakes the caller again.
+        for _ in 0..EVENTS {
+            match events.next() {
+                Ok(event) => touched(Some(event.wd()).filter(|id| *id != OVERFLOW)),
+                Err(Errno::WOULDBLOCK) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AsRawFd for Watches {
+    fn as_raw_fd(&self) -> RawFd {
+        self.inotify.as_raw_fd()
+    }
+}
+
+/// The watch on one image.
 ///
-/// Every write through the file makes it readable too, so it is worth listening to in direct
-/// mode only: without raw I/O a change of size is the filesystem's business.
+/// Every write through the file rings, so that is worth listening to in direct mode only: without raw
+/// I/O a change of size is the filesystem's business.
 #[derive(Debug)]
 pub struct Watch {
-    inotify: OwnedFd,
+    watches: Arc<Watches>,
+    /// `None` for a block device: nothing happens to it that inotify knows.
+    id: Option<WatchId>,
     image: Arc<Image>,
     /// Punches begun or ended, and blocks of the file, at the last look.
     seen: Cell<(u64, u64)>,
 }
 
 impl Watch {
-    pub(super) fn new(image: Arc<Image>) -> io::Result<Self> {
-        let flags = CreateFlags::NONBLOCK | CreateFlags::CLOEXEC;
-        let inotify = inotify::init(flags).map_err(not_made)?;
-        if image.block_device.is_none() {
-            // A change of size says MODIFY, the loss of a name ATTRIB.
-            let what = WatchFlags::MODIFY | WatchFlags::ATTRIB | WatchFlags::DELETE_SELF;
-            // A watch looks the path up and opens nothing, so it breaks no lease; but the name may
-            // have come to mean another file, and that one is not to be watched.
-            let watch = inotify::add_watch(&inotify, &image.canonical, what)?;
-            let named = stat(&image.canonical)?;
-            if image.identity != (Identity { dev: named.st_dev, ino: named.st_ino }) {
-                inotify::remove_watch(&inotify, watch)?;
-                return Err(io::Error::other("the path names another file now"));
-            }
-        }
+    pub(super) fn new(image: Arc<Image>, watches: Arc<Watches>) -> io::Result<Self> {
+        let id = match image.block_device {
+            None => Some(add(&watches, &image, true)?),
+            Some(_) => None,
+        };
         let seen = Cell::new((image.punches(), image.blocks_now()?));
-        Ok(Self { inotify, image, seen })
+        Ok(Self { watches, id, image, seen })
     }
 
-    /// Takes the events and looks at the file.
+    /// What [`Watches::hear`] calls it.
+    #[must_use]
+    pub const fn id(&self) -> Option<WatchId> {
+        self.id
+    }
+
+    /// Whether changes of the file's bytes are heard from now on, or only those of its names. What was missed is
+    /// seen by a [`check`](Self::check) after this.
     ///
     /// # Errors
-    /// The read's, or fstat's.
-    pub fn check(&self) -> io::Result<Change> {
-        let mut buffer = [MaybeUninit::<u8>::uninit(); 1024];
-        let mut events = inotify::Reader::new(&self.inotify, &mut buffer);
-        // Others can make events as fast as we read them; what is left wakes the caller again.
-        for _ in 0..EVENTS {
-            match events.next() {
-                Ok(_) => {}
-                Err(Errno::WOULDBLOCK) => break,
-                Err(error) => return Err(error.into()),
-            }
+    /// inotify's; it goes on as before then.
+    pub fn listen(&self, closely: bool) -> io::Result<()> {
+        match self.id {
+            Some(_) => add(&self.watches, &self.image, closely).map(drop),
+            None => Ok(()),
         }
+    }
+
+    /// Looks at the file.
+    ///
+    /// # Errors
+    /// fstat's.
+    pub fn check(&self) -> io::Result<Change> {
         let before = self.image.punches();
         let blocks = self.image.blocks_now()?;
         let after = self.image.punches();
@@ -99,6 +147,26 @@ impl Watch {
     }
 }
 
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            // The kernel has removed it itself if the filesystem is gone.
+            let _ = inotify::remove_watch(&self.watches.inotify, id);
+        }
+    }
+}
+
+/// Adds the watch on an image, or changes what it listens to.
+fn add(watches: &Watches, image: &Image, closely: bool) -> io::Result<WatchId> {
+    // A change of size says MODIFY, the loss of a name ATTRIB.
+    let names = WatchFlags::ATTRIB | WatchFlags::DELETE_SELF;
+    let what = if closely { names | WatchFlags::MODIFY } else { names };
+    // By the descriptor: the image's name may have come to mean another file. It is looked up and not
+    // opened, so it breaks no lease.
+    let path = format!("/proc/self/fd/{}", image.file.as_raw_fd());
+    Ok(inotify::add_watch(&watches.inotify, path, what)?)
+}
+
 /// The error names the fix: the kernel calls too many watches of a user "too many open files", and by default 128 daemons
 /// of one user are too many.
 fn not_made(error: Errno) -> io::Error {
@@ -108,18 +176,6 @@ fn not_made(error: Errno) -> io::Error {
         )
     } else {
         error.into()
-    }
-}
-
-impl AsFd for Watch {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.inotify.as_fd()
-    }
-}
-
-impl AsRawFd for Watch {
-    fn as_raw_fd(&self) -> RawFd {
-        self.inotify.as_raw_fd()
     }
 }
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The device that sessions offer, put together from the configuration and the image.
+//! What the configuration asks of the image, and the device that sessions offer, put together from both.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::config::Config;
+use crate::config::{Config, Mode};
 use crate::engine::Rules;
 use crate::engine::keeper::Start;
 use crate::engine::shared::Shared;
-use crate::image::Image;
+use crate::image::{Image, ModeChoice, Options};
 use crate::inbox::Poster;
 use crate::virtio::features::Topology;
 use crate::virtio::session::{DeviceConfig, Files};
@@ -20,6 +20,24 @@ impl Files for Image {
 
     fn device_fd(&self) -> Option<BorrowedFd<'_>> {
         self.device_fd()
+    }
+}
+
+/// How the image is opened.
+pub(super) fn image_options(config: &Config) -> Options {
+    Options {
+        path: config.blk_file.clone(),
+        read_only: config.read_only,
+        mode: match config.mode {
+            Mode::Auto => ModeChoice::Auto,
+            Mode::Direct => ModeChoice::Direct,
+            Mode::Filesystem => ModeChoice::Filesystem,
+        },
+        offset: config.offset,
+        size_limit: config.size_limit,
+        format_raw: config.format_raw,
+        block_size: config.block_size,
+        unmap: config.unmap,
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tracing::{error, info, warn};
+use tracing::warn;
 
 use crate::control::check::Ownership;
 use crate::control::{Command, reply};
@@ -15,40 +15,32 @@ use crate::inbox::Event;
 use super::clients::ClientId;
 use super::describe::{self, Particulars};
 use super::helper::{Answer, Task};
+use super::log::image_field;
 use super::poll::now;
-use super::{Phase, Server};
+use super::{Phase, Server, failed};
 
-/// SIGTERM and SIGINT.
-pub(super) const STOP: u64 = 0;
-/// Lease breaks.
-pub(super) const LEASE: u64 = 1;
-/// Workers, jobs and the session.
-pub(super) const INBOX: u64 = 2;
+/// Workers, jobs, the session and the process.
+pub(super) const INBOX: u64 = 0;
 /// A deadline.
-pub(super) const TIMER: u64 = 3;
+pub(super) const TIMER: u64 = 1;
 /// The helper's answers.
-pub(super) const HELPER: u64 = 4;
-/// The image's inode.
-pub(super) const WATCH: u64 = 5;
+pub(super) const HELPER: u64 = 2;
 /// Frontends.
-pub(super) const LISTENER: u64 = 6;
+pub(super) const LISTENER: u64 = 3;
 /// Clients of the control socket, and above it each of them.
-pub(super) const CONTROL: u64 = 7;
+pub(super) const CONTROL: u64 = 4;
 
 impl Server<'_> {
     pub(super) fn handle(&mut self, tokens: &[u64]) {
         let now = now();
-        // First: somebody waits for the lease, and events of a session that is over must not be
+        // First: somebody may wait for the lease, and events of a session that is over must not be
         // taken for the next one's.
-        self.lease(now);
         self.inbox(now);
         for &token in tokens {
             match token {
-                LEASE | INBOX => {}
-                STOP => self.stop_signals(),
+                INBOX => {}
                 TIMER => self.timer.hear(),
                 HELPER => self.answers(),
-                WATCH => self.inode_changed(now),
                 LISTENER => self.frontend(now),
                 CONTROL => {
                     if let Some(clients) = &mut self.clients {
@@ -62,9 +54,8 @@ impl Server<'_> {
     }
 
     fn tick(&mut self, now: Duration) {
-        if self.watch.tick(&self.poll, self.owner.direct(), now) {
-            self.inode_changed(now);
-        }
+        let change = self.watch.tick(self.owner.direct(), now);
+        self.inode_changed(change, now);
         if self.owner.keeper.deadline().is_some_and(|at| at <= now) {
             self.owner.keeper.tick(now);
         }
@@ -73,26 +64,6 @@ impl Server<'_> {
         }
         if let Some(clients) = &mut self.clients {
             clients.door.tick(&self.poll, now);
-        }
-    }
-
-    fn lease(&mut self, now: Duration) {
-        // There is one lease: a signal that says a descriptor names ours, and one that does not
-        // (a queue overflow) can only mean ours.
-        while let Ok(Some(_)) = self.signals.lease.next() {
-            self.owner.keeper.lease_break(now);
-        }
-    }
-
-    fn stop_signals(&mut self) {
-        while self.signals.stop.next().is_some() {
-            if self.stop {
-                error!("told to stop twice; ending at once, I/O in flight is left to the kernel");
-                // Nothing is unwound: a thread may be stuck, and the kernel cleans up anyway.
-                std::process::exit(1);
-            }
-            info!("told to stop");
-            self.stop = true;
         }
     }
 
@@ -107,6 +78,13 @@ impl Server<'_> {
                 }
                 Event::Job(id, done) => self.owner.keeper.job_done(now, id, done),
                 Event::DeviceReset => self.owner.keeper.device_reset(),
+                Event::LeaseBreak => self.owner.keeper.lease_break(now),
+                Event::InodeTouched => {
+                    let change = self.watch.rang(self.owner.direct(), now);
+                    self.inode_changed(change, now);
+                }
+                Event::Listen => self.may_listen = true,
+                Event::Stop => self.stop = true,
                 Event::SessionEnded(reason) => {
                     if let Some(reason) = reason {
                         warn!("the session failed: {reason}");
@@ -143,14 +121,14 @@ impl Server<'_> {
         }
     }
 
-    fn inode_changed(&mut self, now: Duration) {
-        match self.watch.check(&self.poll, self.owner.direct(), now) {
+    pub(super) fn inode_changed(&mut self, change: Change, now: Duration) {
+        match change {
             Change::SizeChanged => self.owner.keeper.size_changed(now),
             Change::BlocksLost => self.owner.keeper.blocks_lost(now),
             Change::Unlinked if !self.unlinked => {
                 self.unlinked = true;
-                let image = self.image.path().display();
-                warn!(%image, "the image was unlinked; it is served on and goes with this process");
+                let image = image_field(self.image.path());
+                warn!(image, "the image was unlinked; it is served on and goes with this process");
             }
             Change::Unlinked | Change::Unchanged => {}
         }
@@ -162,7 +140,9 @@ impl Server<'_> {
                 Answer::Counted(count) => self.loading.counted = Some(count),
                 Answer::Synced(result) => {
                     self.phase = Phase::Over;
-                    self.synced = result;
+                    if let Err(source) = result {
+                        self.outcome = Err(failed("make the last writes durable")(source));
+                    }
                 }
                 Answer::Reply(client, line) => {
                     let clients = self.clients.as_mut();

@@ -9,7 +9,7 @@ use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tracing::debug;
+use tracing::{Span, debug};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::control::check::{self, Ownership};
@@ -63,8 +63,10 @@ impl Helper {
         let (done, answers) = mpsc::channel();
         let bell = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let ring = Arc::clone(&bell);
+        let span = Span::current();
         // Never joined: it may hang in a frozen filesystem, and the process must still end.
         thread::Builder::new().name("helper".to_owned()).spawn(move || {
+            let _named = span.enter();
             for task in to_do {
                 let answer = match task {
                     Task::Job(id, job) => {
@@ -134,7 +136,9 @@ impl Toucher {
     pub(super) fn start(image: Arc<Image>) -> io::Result<Self> {
         let (orders, to_do) = mpsc::sync_channel(1);
         let (end, ended) = mpsc::channel();
+        let span = Span::current();
         thread::Builder::new().name("mtime".to_owned()).spawn(move || {
+            let _named = span.enter();
             // Dropped at the end, which is what `ended` waits for.
             let _end: Sender<()> = end;
             coalesce(&to_do, TOUCH_EVERY, || {

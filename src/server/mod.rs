@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The main loop: signals, frontends, the control socket, the keeper's events and its time, all
-//! in one thread that never waits for anything but its epoll set.
+//! The main loop of a device: frontends, the control socket, the keeper's events and its time, all
+//! in one thread that never waits for anything but its epoll set; and the process that has one or several of
+//! them.
 //!
 //! ```text
-//! signals ─┐                        ┌─► session (queue threads)
-//! listener ┤                        ├─► helper thread (FIEMAP, fsync, punch)
-//! control ─┼─► Server ◄─► Keeper ───┼─► mtime thread
-//! inbox ───┤                        └─► lease
-//! timer ───┘
+//!                                 ┌─► session (queue threads)
+//!            listener ┐           ├─► helper thread (FIEMAP, fsync, punch)
+//! signals ─┐ control ─┼─► Server ◄─► Keeper ───┼─► mtime thread
+//! inotify ─┴─► Process ─► inbox ┤                        └─► lease
+//!               timer ───┘
 //! ```
 
 mod clients;
@@ -21,21 +22,23 @@ mod log;
 mod owner;
 mod poll;
 mod populate;
+mod process;
 mod socket;
 mod watch;
 
 use std::io;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
-use tracing::{info, warn};
+use tracing::warn;
 
-use crate::config::{Config, Endpoint, Mode};
+use crate::config::{Config, Endpoint, Mode, Settings};
 use crate::engine::Rules;
 use crate::engine::shared::Shared;
-use crate::image::{Image, ModeChoice, OpenError, Options};
-use crate::inbox::{Inbox, Poster, inbox};
+use crate::image::{FileKey, Image, OpenError};
+use crate::inbox::{Inbox, Poster};
 use crate::sys::process::Signals;
 use crate::sys::signals::LeaseSignals;
 use crate::virtio::session::DeviceConfig;
@@ -49,6 +52,7 @@ pub use log::start_log;
 use owner::Owner;
 use poll::{Interest, Poll, Timer, now};
 use populate::Loading;
+use process::{Link, News, Process};
 pub use socket::SocketError;
 use socket::{Inherited, Listener};
 use watch::InodeWatch;
@@ -80,6 +84,12 @@ pub enum ServeError {
     Session { source: io::Error },
     #[error("cannot {action}: {source}")]
     Io { action: &'static str, source: io::Error },
+    #[error("device {other} has the same image; serve it once, with several queues if need be")]
+    SameImage { other: usize },
+    #[error("device {number} ({}): {source}", image.display())]
+    Device { number: usize, image: PathBuf, source: Box<ServeError> },
+    #[error("{failed} of {all} devices have failed; the log says why")]
+    SomeFailed { failed: usize, all: usize },
 }
 
 fn failed(action: &'static str) -> impl Fn(io::Error) -> ServeError {
@@ -113,6 +123,8 @@ impl AllSignals {
 enum Phase {
     /// The keeper decides on the mode, until then at the latest.
     Starting { until: Duration },
+    /// Frontends could be let in; the other devices of the process are not as far yet.
+    Ready,
     /// The map is too large to be loaded; by how much is being found out.
     Counting,
     /// Frontends are served.
@@ -125,14 +137,14 @@ enum Phase {
     Over,
 }
 
-/// The daemon's main thread.
+/// The main loop of a device.
 struct Server<'a> {
     config: &'a Config,
+    link: &'a Link,
     image: Arc<Image>,
     device: Arc<DeviceConfig>,
     poll: Poll,
     timer: Timer,
-    signals: AllSignals,
     inbox: Inbox,
     watch: InodeWatch,
     owner: Owner,
@@ -140,11 +152,12 @@ struct Server<'a> {
     clients: Option<Clients>,
     phase: Phase,
     loading: Loading,
+    may_listen: bool,
     /// The end was asked for.
     stop: bool,
     unlinked: bool,
-    /// What came of the last sync.
-    synced: io::Result<()>,
+    /// How it ends.
+    outcome: Result<(), ServeError>,
     started: Duration,
 }
 
@@ -152,8 +165,8 @@ struct Server<'a> {
 ///
 /// # Errors
 /// Why it could not start, or had to end.
-pub fn run(config: &Config, signals: AllSignals) -> Result<(), ServeError> {
-    run_under(config, Rules::default(), signals)
+pub fn run(settings: &Settings, signals: AllSignals) -> Result<(), ServeError> {
+    run_under(settings, Rules::default(), signals)
 }
 
 /// The same under other rules, which only a build with the feature `mutants` can make: a daemon that
@@ -161,69 +174,29 @@ pub fn run(config: &Config, signals: AllSignals) -> Result<(), ServeError> {
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_under(config: &Config, rules: Rules, signals: AllSignals) -> Result<(), ServeError> {
-    // A descriptor's number is only known to be the inherited one before others are opened.
-    let inherited = match &config.endpoint {
-        Endpoint::Fd(fd) => Some(socket::inherit(*fd)?),
-        Endpoint::Path(options) => {
-            // Opening the image would break the lease of the daemon that listens there.
-            socket::probe(&options.path)?;
-            None
-        }
-    };
-    let (inbox, poster) = inbox().map_err(failed("make an event descriptor"))?;
-    let Some(image) = open_image(config, &signals.stop)? else { return Ok(()) };
-    let mut server = Server::new(config, rules, image, signals, (inbox, poster))?;
+pub fn run_under(settings: &Settings, rules: Rules, signals: AllSignals) -> Result<(), ServeError> {
+    Process::start(settings, rules, signals)?.run()
+}
+
+/// A device's thread. Opening the image may wait for the last writes of a killed predecessor (R1a).
+fn serve(
+    config: &Config,
+    rules: Rules,
+    inherited: Option<Inherited>,
+    link: &Link,
+    inbox: (Inbox, Poster),
+) -> Result<(), ServeError> {
+    if let Endpoint::Path(options) = &config.endpoint {
+        // Opening the image would break the lease of the daemon that listens there.
+        socket::probe(&options.path)?;
+    }
+    link.claim(FileKey::at(&config.blk_file))?;
+    let image = Arc::new(Image::open(&device::image_options(config))?);
+    // The path may have come to mean another file.
+    link.claim(Some(image.key()))?;
+    let mut server = Server::new(config, rules, image, link, inbox)?;
     server.serve(inherited)?;
     server.finish()
-}
-
-/// Opens the image; `None` if told to stop meanwhile. It may wait for the last writes of a killed
-/// predecessor (R1a), so it has a thread of its own.
-fn open_image(config: &Config, stop: &Signals) -> Result<Option<Arc<Image>>, ServeError> {
-    const OPENED: u64 = 0;
-    const STOPPED: u64 = 1;
-    let options = image_options(config);
-    let (opened, end) = io::pipe().map_err(failed("make a pipe"))?;
-    let thread = thread::Builder::new().name("open".to_owned()).spawn(move || {
-        // Closed when the image is open, or not to be opened.
-        let _end = end;
-        Image::open(&options)
-    });
-    let thread = thread.map_err(failed("start a thread"))?;
-    let watch = failed("watch descriptors");
-    let poll = Poll::new().map_err(&watch)?;
-    poll.add(&opened, OPENED, Interest::Nothing).map_err(&watch)?;
-    poll.add(stop, STOPPED, Interest::Read).map_err(&watch)?;
-    let mut tokens = Vec::new();
-    while tokens.is_empty() {
-        poll.wait(&mut tokens).map_err(failed("wait for events"))?;
-    }
-    if tokens.contains(&STOPPED) {
-        info!("told to stop");
-        return Ok(None);
-    }
-    match thread.join() {
-        Ok(image) => Ok(Some(Arc::new(image?))),
-        Err(_) => Err(failed("open the image")(io::Error::other("its thread panicked"))),
-    }
-}
-
-fn image_options(config: &Config) -> Options {
-    Options {
-        path: config.blk_file.clone(),
-        read_only: config.read_only,
-        mode: match config.mode {
-            Mode::Auto => ModeChoice::Auto,
-            Mode::Direct => ModeChoice::Direct,
-            Mode::Filesystem => ModeChoice::Filesystem,
-        },
-        offset: config.offset,
-        size_limit: config.size_limit,
-        format_raw: config.format_raw,
-        block_size: config.block_size,
-        unmap: config.unmap,
-    }
 }
 
 impl<'a> Server<'a> {
@@ -231,26 +204,28 @@ impl<'a> Server<'a> {
         config: &'a Config,
         rules: Rules,
         image: Arc<Image>,
-        signals: AllSignals,
+        link: &'a Link,
         (inbox, poster): (Inbox, Poster),
     ) -> Result<Self, ServeError> {
         let started = now();
+        let watch = image.watch(&link.watches).map_err(failed("watch the image"))?;
+        // Before the keeper takes the lease: the process has to know whose breaks are whose.
+        link.tell(News::Open(image.image_fd().as_raw_fd(), watch.id()));
         let shared = Arc::new(Shared::new());
         let device =
             Arc::new(device::describe(config, rules, &image, Arc::clone(&shared), poster.clone()));
         let owner = Owner::new(&image, rules, shared, config, poster, started)
             .map_err(failed("start a thread"))?;
-        let watch = image.watch().map_err(failed("watch the image"))?;
         let poll = Poll::new().map_err(failed("make an epoll set"))?;
         let timer = Timer::new().map_err(failed("make a timer"))?;
         let settle = if config.mode == Mode::Direct { SETTLE_DIRECT } else { SETTLE };
-        let mut server = Self {
+        let server = Self {
             config,
+            link,
             image,
             device,
             poll,
             timer,
-            signals,
             inbox,
             watch: InodeWatch::new(watch),
             owner,
@@ -258,27 +233,27 @@ impl<'a> Server<'a> {
             clients: None,
             phase: Phase::Starting { until: started + settle },
             loading: Loading::default(),
+            may_listen: false,
             stop: false,
             unlinked: false,
-            synced: Ok(()),
+            outcome: Ok(()),
             started,
         };
         server.register().map_err(failed("watch descriptors"))?;
         Ok(server)
     }
 
-    fn register(&mut self) -> io::Result<()> {
-        self.poll.add(&self.signals.stop, events::STOP, Interest::Read)?;
-        self.poll.add(&self.signals.lease, events::LEASE, Interest::Read)?;
+    fn register(&self) -> io::Result<()> {
         self.poll.add(&self.inbox, events::INBOX, Interest::Read)?;
         self.poll.add(&self.timer, events::TIMER, Interest::Read)?;
-        self.poll.add(&self.owner.helper, events::HELPER, Interest::Read)?;
-        self.watch.register(&self.poll, events::WATCH)
+        self.poll.add(&self.owner.helper, events::HELPER, Interest::Read)
     }
 
     fn serve(&mut self, inherited: Option<Inherited>) -> Result<(), ServeError> {
         let mut inherited = inherited;
         let mut tokens = Vec::new();
+        // The process did not know the watch when it may first have rung.
+        self.inode_changed(self.watch.look(), now());
         loop {
             self.owner.drive(self.front.as_ref());
             while self.advance(&mut inherited)? {
@@ -296,17 +271,25 @@ impl<'a> Server<'a> {
     /// Goes on to the next phase if this one has ended; says whether it did anything.
     fn advance(&mut self, inherited: &mut Option<Inherited>) -> Result<bool, ServeError> {
         let now = now();
-        self.reap_session()?;
+        self.reap_session();
         let phase = self.phase;
         match phase {
-            Phase::Starting { .. } | Phase::Counting if self.stop => self.phase = Phase::Draining,
+            Phase::Starting { .. } | Phase::Counting | Phase::Ready if self.stop => {
+                self.phase = Phase::Draining;
+            }
             Phase::Starting { .. } if self.owner.over_cap() => {
                 self.owner.helper.give(Task::Count);
                 self.phase = Phase::Counting;
             }
             Phase::Counting => return self.too_many().map_or(Ok(false), Err),
             Phase::Starting { until } if self.ready(until, now) => {
+                self.check_mode()?;
+                self.link.tell(News::Ready);
+                self.phase = Phase::Ready;
+            }
+            Phase::Ready if self.may_listen => {
                 self.listen(inherited.take())?;
+                self.link.tell(News::Serving);
                 self.phase = Phase::Serving;
             }
             Phase::Serving if self.stop => {
@@ -335,27 +318,35 @@ impl<'a> Server<'a> {
     }
 
     /// Lets the next frontend in once the last one's session has drained.
-    fn reap_session(&mut self) -> Result<(), ServeError> {
-        let Some(front) = &mut self.front else { return Ok(()) };
+    fn reap_session(&mut self) {
+        let Some(front) = &mut self.front else { return };
         if !front.finish() {
-            return Ok(());
+            return;
         }
         if front.is_last() {
             self.stop = true;
         }
-        if !self.stop {
-            front.open(&self.poll).map_err(failed("watch the socket"))?;
+        if !self.stop
+            && let Err(source) = front.open(&self.poll)
+        {
+            // Nobody can come any more; what was written still becomes durable.
+            self.outcome = Err(failed("watch the socket")(source));
+            self.stop = true;
         }
-        Ok(())
     }
 
-    /// Publishes the sockets. The mode is known by then.
-    fn listen(&mut self, inherited: Option<Inherited>) -> Result<(), ServeError> {
+    /// Whether it is the mode that was asked for, now that it is known.
+    fn check_mode(&self) -> Result<(), ServeError> {
         let snapshot = self.owner.keeper.snapshot();
         if self.config.mode == Mode::Direct && !snapshot.direct {
             let reason = reason(&self.image, &snapshot);
             return Err(ServeError::NotDirect { reason });
         }
+        Ok(())
+    }
+
+    /// Publishes the sockets.
+    fn listen(&mut self, inherited: Option<Inherited>) -> Result<(), ServeError> {
         if let Some(options) = &self.config.control {
             self.clients = Some(Clients::bind(options, &self.poll, events::CONTROL)?);
         }
@@ -392,7 +383,6 @@ impl<'a> Server<'a> {
     /// The sockets go with their owners.
     fn finish(self) -> Result<(), ServeError> {
         self.owner.finish(LAST_SYNC);
-        info!("stopped");
-        self.synced.map_err(failed("make the last writes durable"))
+        self.outcome
     }
 }

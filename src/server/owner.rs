@@ -19,6 +19,7 @@ use crate::inbox::Poster;
 use super::describe::reason;
 use super::front::Front;
 use super::helper::{Helper, Task, Toucher};
+use super::log::image_field;
 
 /// The owner of the image's mode, map and layout, with its hands.
 #[derive(Debug)]
@@ -144,16 +145,16 @@ impl Owner {
     fn say(&self, report: Report) {
         let snapshot = self.keeper.snapshot();
         let reason = reason(&self.image, &snapshot);
-        let image = self.image.path().display();
+        let image = image_field(self.image.path());
         match report {
             Report::Direct => {
                 let device = self.image.device_path().unwrap_or(self.image.path()).display();
-                info!(%image, %device, "mode=direct: {reason}");
+                info!(image, %device, "mode=direct: {reason}");
             }
             Report::Filesystem(Why::Stopping) => {}
-            Report::Filesystem(Why::Mismatch) => error!(%image, "mode=filesystem: {reason}"),
+            Report::Filesystem(Why::Mismatch) => error!(image, "mode=filesystem: {reason}"),
             Report::Filesystem(_) if self.image.start() == Start::Filesystem => {
-                info!(%image, "mode=filesystem: {reason}");
+                info!(image, "mode=filesystem: {reason}");
             }
             Report::Filesystem(_) | Report::Refused(_) => {
                 let errno = match report {
@@ -162,20 +163,26 @@ impl Owner {
                     }
                     _ => String::new(),
                 };
-                warn!(%image, "mode=filesystem: {reason}{errno}");
+                warn!(image, "mode=filesystem: {reason}{errno}");
             }
             Report::Populated => {
-                info!(%image, extents = snapshot.cached, "the whole extent map is loaded");
+                info!(image, extents = snapshot.cached, "the whole extent map is loaded");
             }
             Report::Unpinned => {
-                warn!(%image, "the extent map has outgrown --max-extents; it is not kept whole any more");
+                warn!(
+                    image,
+                    "the extent map has outgrown --max-extents; it is not kept whole any more"
+                );
             }
             Report::SlowBreak => {
-                error!(%image, "raw I/O has not ended in half the lease-break time; the kernel will let the other process in");
+                error!(
+                    image,
+                    "raw I/O has not ended in half the lease-break time; the kernel will let the other process in"
+                );
             }
             Report::FlushFailed(errno) => {
                 let error = io::Error::from_raw_os_error(errno);
-                error!(%image, %error, "a flush failed; flushes fail until the guest resets the device");
+                error!(image, %error, "a flush failed; flushes fail until the guest resets the device");
             }
         }
     }

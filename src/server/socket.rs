@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Listening sockets: made in place of stale ones only, taken away only while they are ours.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -268,21 +270,42 @@ fn stream_socket() -> io::Result<OwnedFd> {
     Ok(rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
 }
 
+/// A directory in which nobody else makes or removes sockets.
+struct DirectoryLock {
+    /// Closed, and so unlocked, before our next thread has its turn.
+    _directory: File,
+    _turn: MutexGuard<'static, ()>,
+}
+
 /// Two daemons that start at once must not both find the same socket stale and remove the
 /// other's new one. The directory's own lock needs no file that would stay behind.
-fn lock_directory(path: &Path) -> io::Result<File> {
+fn lock_directory(path: &Path) -> io::Result<DirectoryLock> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let directory = File::open(parent.unwrap_or(Path::new(".")))?;
+    let _turn = turn(&directory)?;
     let start = Instant::now();
     loop {
         match rustix::fs::flock(directory.as_fd(), FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(directory),
+            Ok(()) => return Ok(DirectoryLock { _directory: directory, _turn }),
             Err(Errno::AGAIN) if start.elapsed() < LOCK_WAIT => {
                 std::thread::sleep(Duration::from_millis(10));
             }
             Err(errno) => return Err(errno.into()),
         }
     }
+}
+
+/// The devices of one process take turns at a directory, however many they are: of the lock's patience each
+/// has all. At another directory nobody has to wait for them.
+fn turn(directory: &File) -> io::Result<MutexGuard<'static, ()>> {
+    static TURNS: Mutex<BTreeMap<(u64, u64), &'static Mutex<()>>> = Mutex::new(BTreeMap::new());
+    let metadata = directory.metadata()?;
+    let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
+    // Kept for ever: a few bytes for each directory that has sockets.
+    let turn: &'static Mutex<()> =
+        turns.entry((metadata.dev(), metadata.ino())).or_insert_with(|| Box::leak(Box::default()));
+    drop(turns);
+    Ok(turn.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 #[cfg(test)]

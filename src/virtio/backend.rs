@@ -87,6 +87,8 @@ pub struct Backend {
     seats: Mutex<Vec<Option<Seat>>>,
     exits: Mutex<Exits>,
     id: Id,
+    /// Names the device in the log, if the process has several.
+    pub(crate) span: tracing::Span,
     features: AtomicU64,
     writeback: AtomicBool,
     write_through: AtomicBool,
@@ -116,6 +118,7 @@ impl Backend {
             threads,
             exits: Mutex::new(Exits { made, forgotten: Vec::new() }),
             id,
+            span: tracing::Span::current(),
             features: AtomicU64::new(0),
             writeback: AtomicBool::new(config.write_back),
             write_through: AtomicBool::new(true),
@@ -294,6 +297,7 @@ impl VhostUserBackend for Backend {
     /// Whether the driver may set it is for the frontend to know: a driver that sets it before
     /// DRIVER_OK does so before its features are acknowledged here, and has it from then on.
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        let _named = self.span.enter();
         let place = features::WRITEBACK_OFFSET.checked_sub(offset);
         let byte = place.and_then(|place| bytes.get(usize::try_from(place).ok()?));
         match byte {
@@ -352,6 +356,7 @@ impl VhostUserBackend for Backend {
         vrings: &[Vring],
         thread: usize,
     ) -> io::Result<()> {
+        let _named = self.span.enter();
         WORKER.with_borrow_mut(|worker| {
             if worker.is_none() {
                 *worker = self.take_seat(thread);

@@ -47,6 +47,7 @@ impl Backend {
                 let (reply, answer) = mpsc::channel();
                 thread.slot.post(Mail::Describe(queue, reply));
                 let (requests, oldest) = answer.recv_timeout(DRAIN_STEP).unwrap_or_default();
+                let _named = self.span.enter();
                 tracing::warn!(what, requests, ?oldest, "waiting for requests in flight");
             }
         }

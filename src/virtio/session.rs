@@ -228,6 +228,7 @@ impl Session {
         let relay = Relay { front: stream, back, exit: Arc::clone(&self.exit) };
         let backend = Arc::clone(&self.backend);
         let run = move || {
+            let _named = backend.span.enter();
             let reason = relay.run(&*backend).err().map(|error| error.to_string());
             inbox.post(Event::SessionEnded(reason));
         };

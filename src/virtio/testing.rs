@@ -217,7 +217,11 @@ fn serve(session: &Session, inbox: &Inbox, keeper: &mut Keeper, seen: &Sender<Se
                     keeper.device_reset();
                     seen.send(Seen::Reset).unwrap();
                 }
-                Event::Job(..) => unreachable!(),
+                Event::Job(..)
+                | Event::LeaseBreak
+                | Event::InodeTouched
+                | Event::Listen
+                | Event::Stop => unreachable!(),
             }
         }
     }

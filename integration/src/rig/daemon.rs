@@ -52,6 +52,18 @@ impl Daemon {
         Daemon::spawn(program, &args, dir, socket, control)
     }
 
+    /// Starts the extentd at `program` for the devices of the file `config`, and waits for `socket`, which is to be the
+    /// one of a device that answers at `control`.
+    pub fn start_config(
+        program: &Path,
+        dir: &Path,
+        config: &Path,
+        socket: PathBuf,
+        control: PathBuf,
+    ) -> io::Result<Daemon> {
+        Daemon::spawn(program, &["--config".into(), config.into()], dir, socket, control)
+    }
+
     /// Starts qemu-storage-daemon for `image`, to try a rig, or to compare with.
     pub fn start_peer(dir: &Path, image: &Path, queues: u16) -> io::Result<Daemon> {
         let socket = dir.join("blk.sock");
@@ -129,24 +141,12 @@ impl Daemon {
 
     /// One request on the control socket; the reply's single line.
     pub fn control(&self, command: &str) -> io::Result<Value> {
-        let mut stream = wait::until("the control socket", PATIENCE, || {
-            UnixStream::connect(&self.control).ok()
-        })?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(format!("{{\"v\":1,\"cmd\":\"{command}\"}}\n").as_bytes())?;
-        let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line)?;
-        serde_json::from_str(&line).map_err(context(format!("the reply to {command}: {line:?}")))
+        request(&self.control, command)
     }
 
     /// Its state.
     pub fn status(&self) -> io::Result<Status> {
-        let reply = self.control("status")?;
-        // The reply may carry the state inside an envelope.
-        let inner = ["status", "result", "reply"]
-            .into_iter()
-            .find_map(|key| reply.get(key).filter(|v| v.is_object()));
-        Ok(Status(inner.cloned().unwrap_or(reply)))
+        Status::of(&self.control)
     }
 
     /// Waits until `ready` holds of its state; the error shows the last one.
@@ -239,6 +239,16 @@ impl Drop for Daemon {
 pub struct Status(pub Value);
 
 impl Status {
+    /// The state of whoever has the control socket at `control`.
+    pub fn of(control: &Path) -> io::Result<Status> {
+        let reply = request(control, "status")?;
+        // The reply may carry the state inside an envelope.
+        let inner = ["status", "result", "reply"]
+            .into_iter()
+            .find_map(|key| reply.get(key).filter(|v| v.is_object()));
+        Ok(Status(inner.cloned().unwrap_or(reply)))
+    }
+
     /// The text at `path` (keys separated by `/`), empty if there is none.
     pub fn text(&self, path: &str) -> &str {
         self.0.pointer(&format!("/{path}")).and_then(Value::as_str).unwrap_or_default()
@@ -258,6 +268,17 @@ impl Status {
     pub fn reason(&self) -> &str {
         self.text("reason")
     }
+}
+
+/// One request on the control socket at `control`; the reply's single line.
+fn request(control: &Path, command: &str) -> io::Result<Value> {
+    let connect = || UnixStream::connect(control).ok();
+    let mut stream = wait::until("the control socket", PATIENCE, connect)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(format!("{{\"v\":1,\"cmd\":\"{command}\"}}\n").as_bytes())?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line)?;
+    serde_json::from_str(&line).map_err(context(format!("the reply to {command}: {line:?}")))
 }
 
 /// Tells one socket file from its successor at the same path; inode numbers alone are used again at once.
