@@ -15,14 +15,14 @@
 //!
 //! | module | duty |
 //! |---|---|
-//! | [`config`] | command line → checked, immutable configuration |
-//! | [`server`] | the main loop: signals, frontends, lease breaks, timers; owns the keeper |
+//! | [`config`] | command line, or a file of devices → checked, immutable settings |
+//! | [`server`] | the process and its devices; a device's main loop: frontends, lease breaks, timers; owns the keeper |
 //! | [`engine`] | the pure core: requests, extent map, planning, barrier, ownership of the layout |
 //! | [`image`] | the one open description of the image: is it eligible, where is it, what may block |
 //! | [`virtio`] | features and configuration space, virtqueues, the vhost-user session and its relay |
 //! | [`sys`] | all `unsafe`: io_uring, ioctls, fcntls, guest memory in flight |
 //! | [`control`] | the control socket's protocol, and what `extentctl` prints |
-//! | [`inbox`] | how other threads reach the main loop |
+//! | [`inbox`] | how other threads reach a main loop |
 //!
 //! A request goes `kick → virtio (chain) → engine (plan) → sys::uring → engine (complete) → virtio
 //! (used ring) → call`, on one thread. Whatever may change where bytes lie goes through the keeper. The

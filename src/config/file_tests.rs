@@ -92,6 +92,15 @@ fn a_device_has_the_options_of_the_command_line() {
 }
 
 #[test]
+fn the_example_is_a_good_one() {
+    let text = include_str!("../../resources/examples/devices.toml");
+    // The group may be none of this machine's.
+    let settings = read_text(&text.replace("\"kvm\"", "\"36\"")).unwrap();
+    assert_eq!(settings.devices.len(), 3);
+    assert!(settings.devices.iter().filter(|device| device.read_only).count() == 1);
+}
+
+#[test]
 fn the_command_line_decides_on_the_log() {
     let device = "[[device]]\nblk-file = 'a'\nsocket-path = 's'\n";
     let log = |text: &str, said| {
