@@ -15,8 +15,8 @@ pub struct Arguments {
     /// The one device to serve; none if a file lists them.
     #[command(flatten)]
     pub device: Option<Options>,
-    /// Serve the devices that this TOML file lists, all in this process: a [[device]] for each, with the
-    /// options above for keys. Only log options may be given beside it.
+    /// Serve the devices that this TOML file lists, all in this process: a `[[device]]` for each, with
+    /// the options above for keys. Only log options may be given beside it.
     #[arg(long, value_name = "FILE", conflicts_with = "Options")]
     pub config: Option<PathBuf>,
     /// Print what this backend can do as JSON and exit; everything else is ignored.
