@@ -4,11 +4,10 @@
 //! them.
 //!
 //! ```text
-//!                                 ┌─► session (queue threads)
-//!            listener ┐           ├─► helper thread (FIEMAP, fsync, punch)
-//! signals ─┐ control ─┼─► Server ◄─► Keeper ───┼─► mtime thread
-//! inotify ─┴─► Process ─► inbox ┤                        └─► lease
-//!               timer ───┘
+//! signals ─┐           listener ┐                        ┌─► session (queue threads)
+//! inotify ─┼─► Process  control ┤                        ├─► helper thread (FIEMAP, fsync, punch)
+//! news ────┘      └───►   inbox ┼─► Server ◄─► Keeper ───┼─► mtime thread
+//!                         timer ┘                        └─► lease
 //! ```
 
 mod clients;
