@@ -82,7 +82,7 @@ pub struct BenchArgs {
     /// Only on this kind of disk [default: most on tmpfs-loop, what has a target also on disk-loop]
     #[arg(long, value_enum)]
     device: Option<Device>,
-    /// How the client waits for completions [default: poll, what has a target also event]
+    /// How the client waits for completions [default: event, what has a target also poll]
     #[arg(long, value_enum)]
     client: Option<Wait>,
     /// Size of the image in MiB
@@ -242,6 +242,7 @@ impl Bench {
         for (subject, results) in &outcomes {
             let mut row = Row::new(*subject, pass.workload, pass.device, results);
             row.workload = pass.name(&self.plan);
+            row.client = pass.wait.name();
             if subject.has_server() {
                 let image = ground.image_for(pass.workload)?;
                 let trial = Trial { timing: COUNTING, ..pass.trial(*subject, &image) };

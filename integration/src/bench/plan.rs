@@ -149,7 +149,7 @@ impl Plan {
             whole: args.subjects.is_empty() && args.workload.is_empty() && args.device.is_none(),
             subjects: subjects.filter(wanted).collect(),
             device: args.device.unwrap_or(Device::TmpfsLoop),
-            wait: args.client.unwrap_or(Wait::Poll),
+            wait: args.client.unwrap_or(Wait::Event),
             targets: Effort::new(
                 rounds.unwrap_or(5),
                 seconds.unwrap_or(if quick { 0.5 } else { 2.0 }),
@@ -174,14 +174,16 @@ impl Plan {
         let pass = |workload, device, wait, effort| Pass { workload, device, wait, effort };
         let (device, wait, targets, others) = (self.device, self.wait, self.targets, self.others);
         let mut passes = Vec::new();
-        passes.extend(Workload::TARGETS.map(|w| pass(w, device, wait, targets)));
+        for workload in Workload::TARGETS {
+            passes.push(pass(workload, device, wait, targets));
+            if !self.quick && args.client.is_none() {
+                passes.push(pass(workload, device, wait.other(), others));
+            }
+        }
         if self.quick && args.workload.is_empty() {
             passes.push(pass(Workload::FILL, device, wait, others));
         } else {
             passes.extend(Workload::OTHERS.map(|w| pass(w, device, wait, others)));
-        }
-        if !self.quick && args.client.is_none() {
-            passes.extend(Workload::TARGETS.map(|w| pass(w, device, wait.other(), others)));
         }
         if !self.quick && args.device.is_none() {
             passes.extend(Workload::TARGETS.map(|w| pass(w, Device::DiskLoop, wait, others)));

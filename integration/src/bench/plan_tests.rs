@@ -33,7 +33,10 @@ fn a_whole_run_has_everything_and_a_quick_one_everything_with_a_target() {
     assert_eq!(quick.passes.len(), 5);
     let all = Workload::TARGETS.len() * 3 + Workload::OTHERS.len();
     assert_eq!(whole.passes.len(), all);
-    assert!(names(&whole).contains(&"randread-4k-qd32-q1-event".to_owned()));
+    assert!(names(&whole).contains(&"randread-4k-qd32-q1-poll".to_owned()));
+    let polled = whole.passes.iter().filter(|pass| pass.wait == Wait::Poll);
+    assert_eq!(polled.map(|pass| pass.workload).collect::<Vec<_>>(), Workload::TARGETS);
+    assert!(quick.passes.iter().all(|pass| pass.wait == Wait::Event));
     let on_disk = whole.passes.iter().filter(|pass| pass.device == Device::DiskLoop);
     assert_eq!(on_disk.count(), Workload::TARGETS.len());
     assert!(!whole.subjects.contains(&Subject::ExtentdAgainst));
@@ -62,7 +65,7 @@ fn names_choose_workloads_and_sections() {
     assert_eq!(some.sections, [Section::Idle]);
     let quick = plan("--quick --workload discard").unwrap();
     assert_eq!(names(&quick), ["discard-64k-qd8-q1"]);
-    assert_eq!(names(&plan("--workload qd128-q1-event").unwrap()), ["randread-4k-qd128-q1-event"]);
+    assert_eq!(names(&plan("--workload qd128-q1-poll").unwrap()), ["randread-4k-qd128-q1-poll"]);
     let error = plan("--workload nonsense").unwrap_err().to_string();
     assert!(error.contains("randread-4k-qd32-q1") && error.contains("neighbour"), "{error}");
 }
@@ -76,9 +79,12 @@ fn the_other_extentd_is_a_subject_as_soon_as_it_is_named() {
 
 #[test]
 fn a_device_or_a_way_to_wait_that_is_named_is_the_only_one() {
-    let disk = plan("--device disk-loop --client block").unwrap();
-    assert!(disk.passes.iter().all(|p| p.device == Device::DiskLoop && p.wait == Wait::Event));
-    assert!(names(&disk).iter().all(|name| !name.ends_with("event")));
+    for (name, wait) in [("poll", Wait::Poll), ("block", Wait::Event)] {
+        let disk = plan(&format!("--device disk-loop --client {name}")).unwrap();
+        assert!(disk.passes.iter().all(|p| p.device == Device::DiskLoop && p.wait == wait));
+        assert!(names(&disk).iter().all(|name| !name.ends_with(wait.name())));
+    }
+    let disk = plan("--device disk-loop").unwrap();
     assert_eq!(disk.place_of(Section::Extents), Device::DiskLoop);
     assert_eq!(plan("").unwrap().place_of(Section::Neighbour), Device::DiskLoop);
 }

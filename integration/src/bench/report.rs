@@ -5,6 +5,7 @@ use std::io;
 
 use serde::Serialize;
 
+use super::guest::Wait;
 use super::histogram::Histogram;
 use super::measure::Outcome;
 use super::sections::{CacheRow, DevicesRow, ExtentsRow, IdleRow, NeighbourRow, OpeningRow};
@@ -82,6 +83,8 @@ pub(super) struct Row {
     pub(super) workload: String,
     /// `tmpfs-loop` or `disk-loop`.
     pub(super) device: &'static str,
+    /// How the client waited: `poll` or `event`.
+    pub(super) client: &'static str,
     /// Requests in flight on each queue.
     pub(super) depth: u16,
     /// Virtqueues.
@@ -171,6 +174,7 @@ impl Row {
             subject: subject.name(),
             workload: workload.name(),
             device: device.name(),
+            client: Wait::Event.name(),
             depth: workload.depth,
             queues: workload.queues,
             iops,
@@ -255,7 +259,21 @@ impl Report {
 
     /// The row of `subject` under `workload` on the device that the targets are about, if it was measured.
     pub(super) fn row(&self, subject: Subject, workload: Workload) -> Option<&Row> {
-        let (workload, device) = (workload.name(), self.environment.device);
+        self.named(subject, &workload.name())
+    }
+
+    /// The same of a client that waited in the other way than usual.
+    pub(super) fn row_otherwise(&self, subject: Subject, workload: Workload) -> Option<&Row> {
+        self.named(subject, &format!("{}-{}", workload.name(), self.other_client().name()))
+    }
+
+    /// The way to wait that is not the usual one of this report.
+    pub(super) fn other_client(&self) -> Wait {
+        if self.environment.client == Wait::Poll.name() { Wait::Event } else { Wait::Poll }
+    }
+
+    fn named(&self, subject: Subject, workload: &str) -> Option<&Row> {
+        let device = self.environment.device;
         self.rows.iter().find(|row| {
             row.subject == subject.name() && row.workload == workload && row.device == device
         })

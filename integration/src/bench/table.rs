@@ -3,6 +3,7 @@
 
 use std::fmt::Write as _;
 
+use super::guest::Wait;
 use super::report::{Report, Row};
 use super::stats::Spread;
 use super::targets::{Check, Verdict};
@@ -12,7 +13,8 @@ const CLIENT_BOUND: f64 = 0.1;
 
 /// What the signs in the tables mean.
 pub(super) const LEGEND: &str = "\
-* the client was at its limit: a faster server would have shown little of it
+* the client, which polled, was at its limit: a faster server would have shown little of it
+client poll, client event: the same figure with a client that waits in the other way than in the other columns; it is not judged
 ± % half of the way from the slowest round to the fastest; × peer, × native: IOPS over qemu-storage-daemon's and over
 those of an io_uring on the device (on the file where a device cannot be given the workload), round by round
 others %: the machine's CPU time that is neither the client's, the server's, kernel workers' nor interrupts'";
@@ -116,7 +118,8 @@ pub(super) fn tables(report: &Report) -> Vec<Table> {
 }
 
 fn targets(report: &Report) -> Table {
-    let head = ["target", "found", "rounds", "must", "goal", "verdict"];
+    let other = format!("client {}", report.other_client().name());
+    let head = ["target", "found", "rounds", "must", "goal", "verdict", &other];
     let mut table = Table::new("Targets", 1, &head);
     let measured =
         |check: &&Check| report.environment.whole || check.verdict != Verdict::NotMeasured;
@@ -124,7 +127,8 @@ fn targets(report: &Report) -> Table {
         let [found, rounds] = spread(check.value);
         let verdict = check.verdict.name().to_owned();
         let name = check.name.clone();
-        table.push(vec![name, found, rounds, check.must_text(), check.goal_text(), verdict]);
+        let (must, goal) = (check.must_text(), check.goal_text());
+        table.push(vec![name, found, rounds, must, goal, verdict, number(check.otherwise, 2)]);
     }
     table
 }
@@ -178,9 +182,9 @@ fn workloads(report: &Report) -> Table {
     table
 }
 
-/// Whether the client found something nearly every time it looked, so that a faster server would not have shown.
+/// Whether a polling client found something nearly every time it looked, so that a faster server would not have shown.
 fn client_bound(row: &Row) -> bool {
-    row.client_idle_looks < CLIENT_BOUND && !row.workload.ends_with("-event")
+    row.client_idle_looks < CLIENT_BOUND && row.client == Wait::Poll.name()
 }
 
 fn flushes(report: &Report) -> Table {

@@ -66,6 +66,24 @@ fn every_must_can_fail_it() {
     }
 }
 
+/// The figure of a client that polls stands beside the one that is judged.
+#[test]
+fn the_other_client_is_not_judged() {
+    let (report, _, ok) = judged(|report| {
+        let mut polled = report.rows.clone();
+        polled.iter_mut().for_each(|row| row.workload += "-poll");
+        polled.iter_mut().for_each(|row| row.rounds.fill(1.0));
+        report.rows.extend(polled);
+    });
+    let of = |name: &str| report.checks.iter().find(|check| check.name == name).unwrap();
+    let check = of("IOPS / qemu-storage-daemon, read QD32");
+    assert!(ok && check.verdict == Verdict::Goal && check.value.unwrap().median > 3.2);
+    assert_eq!(check.otherwise, Some(1.0));
+    assert_eq!(of("idle CPU, percent").otherwise, None);
+    let table = crate::bench::table::tables(&report).remove(0).text();
+    assert!(table.lines().nth(1).unwrap().ends_with("client poll"), "{table}");
+}
+
 #[test]
 fn between_must_and_goal_is_well_enough() {
     let (report, _, ok) = judged(|r| r.idle[0].rss_kib = 6 << 10);
