@@ -4,6 +4,8 @@
 use super::subject::Subject;
 use crate::rig::Random;
 
+/// Bytes of a block of the filesystem, and of most requests.
+const BLOCK: u32 = 4096;
 /// Reads of ten requests of a mixed load.
 const READS_OF_TEN: u64 = 7;
 
@@ -56,8 +58,8 @@ impl Workload {
         Workload {
             access,
             order: Order::Random,
-            block: 4096,
-            stride: 4096,
+            block: BLOCK,
+            stride: BLOCK,
             depth,
             queues,
             flush_every: 0,
@@ -86,6 +88,9 @@ impl Workload {
     pub(super) const READ_128: Workload = Workload::random(Access::Read, 128, 1);
     /// 32 writes in flight.
     pub(super) const WRITE_32: Workload = Workload::random(Access::Write, 32, 1);
+    /// Writes of a sector: less than a block of the filesystem, so extentd locks the block and reads the rest of it (ADR 0004).
+    pub(super) const SECTORS_32: Workload =
+        Workload { block: 512, stride: 512, ..Workload::random(Access::Write, 32, 1) };
     /// Everything written once.
     pub(super) const WRITE_ALL: Workload = Workload::sequential(Access::Write, 1 << 20, 4);
     /// Writes into a hole.
@@ -97,12 +102,13 @@ impl Workload {
         [Workload::READ_1, Workload::READ_32, Workload::WRITE_32, Workload::READ_128];
 
     /// All others, in the order of the report.
-    pub(super) const OTHERS: [Workload; 24] = [
+    pub(super) const OTHERS: [Workload; 25] = [
         Workload::FILL,
         Workload::random(Access::Read, 4, 1),
         Workload::random(Access::Write, 1, 1),
         Workload::random(Access::Write, 4, 1),
         Workload::random(Access::Write, 128, 1),
+        Workload::SECTORS_32,
         Workload::random(Access::Mixed, 1, 1),
         Workload::random(Access::Mixed, 4, 1),
         Workload::random(Access::Mixed, 32, 1),
@@ -137,6 +143,7 @@ impl Workload {
             (Access::Mixed, Order::Sequential) => "seqrw",
         };
         let size = match self.block >> 10 {
+            0 => self.block.to_string(),
             kib if kib >= 1024 => format!("{}m", kib >> 10),
             kib => format!("{kib}k"),
         };
@@ -152,9 +159,11 @@ impl Workload {
         self.depth * self.queues
     }
 
-    /// Whether `subject` can be given it: a device has neither holes nor, the loop device's being what it is, cheap discards.
+    /// Whether `subject` is given it: a device has neither holes nor, the loop device's being what it is, cheap discards.
+    /// Sectors are about what servers do with them.
     pub(super) fn suits(self, subject: Subject) -> bool {
-        subject != Subject::NativeDevice || !self.needs_scratch()
+        let device = subject != Subject::NativeDevice || !self.needs_scratch();
+        device && (subject.has_server() || self.block >= BLOCK)
     }
 
     /// Whether it spoils the image it runs on, and so needs one of its own.

@@ -93,3 +93,14 @@ fn a_device_is_given_neither_holes_nor_discards() {
     assert!(Workload::READ_1.suits(Subject::NativeDevice));
     assert!(!Workload::FILL.all_direct());
 }
+
+#[test]
+fn sectors_are_written_by_servers_only() {
+    assert_eq!(Workload::SECTORS_32.name(), "randwrite-512-qd32-q1");
+    for subject in [Subject::ExtentdDirect, Subject::ExtentdFilesystem, Subject::QemuStorageDaemon]
+    {
+        assert!(Workload::SECTORS_32.suits(subject));
+    }
+    assert!(!Workload::SECTORS_32.suits(Subject::NativeFile));
+    assert!(!Workload::SECTORS_32.suits(Subject::NativeDevice));
+}
