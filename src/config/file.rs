@@ -48,6 +48,8 @@ pub enum Problem {
     Flag { key: String },
     #[error("{key}: must be a text in quotes or a whole number")]
     Text { key: String },
+    #[error("socket-mode: must be octal permissions in quotes, such as \"0660\"")]
+    Octal,
     #[error("{0}")]
     Usage(String),
     #[error(transparent)]
@@ -167,6 +169,8 @@ fn is_flag(option: &Arg) -> bool {
 fn valued(key: &str, value: &Value) -> Result<OsString, Problem> {
     match value {
         Value::String(text) => Ok(format!("--{key}={text}").into()),
+        // 0o660 is 432 by then, and 432 would be taken for octal.
+        Value::Integer(_) if key == "socket-mode" => Err(Problem::Octal),
         Value::Integer(number) => Ok(format!("--{key}={number}").into()),
         _ => Err(Problem::Text { key: key.to_owned() }),
     }

@@ -137,6 +137,8 @@ fn mistakes_name_the_place_and_the_fix() {
         (own("log-level = 'info'"), "device 2 (/b): unknown key log-level; keys are"),
         (own("print-capabilities = true"), "device 2 (/b): unknown key print-capabilities"),
         (own("read-only = 'yes'"), "device 2 (/b): read-only: must be true or false"),
+        (own("socket-mode = 0o660"), "device 2 (/b): socket-mode: must be octal permissions in"),
+        (own("socket-mode = 660"), "device 2 (/b): socket-mode: must be octal permissions in"),
         (own("read-only = 1"), "device 2 (/b): read-only: must be true or false"),
         (own("threads = true"), "device 2 (/b): threads: must be a text in quotes or a whole"),
         (own("threads = 1.5"), "device 2 (/b): threads: must be a text in quotes or a whole"),

@@ -45,6 +45,8 @@ pub struct Alignment {
     pub filesystem_block: u32,
     /// The device's logical block.
     pub device_block: u32,
+    /// What raw writes are multiples of: the block of the device's page cache.
+    pub raw_write: u32,
     /// O_DIRECT through the file.
     pub file: u32,
     /// Memory used for O_DIRECT.
@@ -142,6 +144,7 @@ pub fn look(image: &Image, ownership: &Ownership) -> Check {
         alignment: Alignment {
             filesystem_block: geometry.fs_block,
             device_block: geometry.dev_block,
+            raw_write: geometry.write_block,
             file: geometry.file_align,
             memory: geometry.mem_align,
         },

@@ -61,6 +61,7 @@ pub fn check(check: &Check) -> String {
         ("lease", check.lease.clone()),
         ("filesystem block", size(alignment.filesystem_block.into())),
         ("device block", size(alignment.device_block.into())),
+        ("raw writes", size(alignment.raw_write.into())),
         ("file alignment", size(alignment.file.into())),
         ("memory alignment", size(alignment.memory.into())),
         ("cached pages", check.cached_pages.map_or("unknown".to_owned(), |n| n.to_string())),

@@ -56,7 +56,7 @@ pub struct Geometry {
     pub write_block: u32,
     /// What guest addresses and lengths must be multiples of to be used without bouncing.
     pub mem_align: u32,
-    /// Size of a bounce buffer; at least `fs_block` and `dev_block`.
+    /// Size of a bounce buffer; at least `fs_block`, `write_block` and `dev_block`.
     pub bounce_bytes: u32,
     /// Bounce buffers a worker has (any number above 0).
     pub bounce_slots: u32,

@@ -106,7 +106,8 @@ fn what_is_punched_is_loaded_again() {
     assert_eq!(range, blocks(100, 50));
     small.finish(JobDone::Map(Ok(MapAnswer { covered: range, ..MapAnswer::default() })));
     assert_eq!((small.seen(99), small.seen(120)), (Some(State::Mapped), Some(State::Hole)));
-    assert!(small.jobs.is_empty());
+    assert!(small.jobs.is_empty() && small.keeper.populating().is_none());
+    assert!(small.reports.is_empty(), "said once, or a guest that discards fills the log");
 }
 
 #[test]

@@ -360,9 +360,18 @@ impl Image {
         lease::release(self.file.as_fd())
     }
 
+    /// Whether the lease is held and nobody waits for it: one that is being broken is called what it is to become.
+    #[must_use]
+    pub fn has_lease(&self) -> bool {
+        lease::held(self.file.as_fd()).is_ok_and(|held| held == Some(self.lease_kind()))
+    }
+
+    const fn lease_kind(&self) -> lease::Kind {
+        if self.limits.read_only { lease::Kind::Read } else { lease::Kind::Write }
+    }
+
     /// Takes the lease this image wants: readers share (R1).
     fn take_lease(&self) -> io::Result<()> {
-        let kind = if self.limits.read_only { lease::Kind::Read } else { lease::Kind::Write };
-        lease::take(self.file.as_fd(), kind, lease_signal())
+        lease::take(self.file.as_fd(), self.lease_kind(), lease_signal())
     }
 }

@@ -222,6 +222,15 @@ fn geometry(
     })
 }
 
+/// The device as files on it see it: their blocks lie at multiples of the filesystem's blocks and no better, and
+/// less than a raw write moves is read first. Blocks of the device's page cache begin at its first byte.
+pub(super) fn in_blocks(facts: DeviceFacts, fs_block: u32, write_block: u32) -> DeviceFacts {
+    let physical_block = facts.physical_block.min(fs_block).max(write_block);
+    let own = physical_block == facts.physical_block && physical_block > write_block;
+    let alignment_offset = if own { facts.alignment_offset } else { 0 };
+    DeviceFacts { physical_block, alignment_offset, ..facts }
+}
+
 /// `fs_block` bounds what can be aligned at all: a file's blocks lie anywhere.
 fn topology(facts: Option<&DeviceFacts>, align: Alignment, fs_block: u32, base: u64) -> Topology {
     let Some(facts) = facts else {
@@ -326,10 +335,7 @@ impl Image {
         geometry.fs_block = geometry.fs_block.max(geometry.write_block);
         geometry.bounce_bytes = geometry.bounce_bytes.max(geometry.fs_block);
         let align = Alignment { offset: geometry.file_align, memory: geometry.mem_align };
-        // Blocks of the file lie at multiples of the filesystem's blocks and no better; less than a raw write moves is read first.
-        let mut facts = device.facts;
-        facts.physical_block =
-            facts.physical_block.min(geometry.fs_block).max(geometry.write_block);
+        let facts = in_blocks(device.facts, geometry.fs_block, geometry.write_block);
         self.topology = topology(Some(&facts), align, geometry.fs_block, self.limits.base);
         self.device = Some(device);
     }

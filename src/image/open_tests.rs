@@ -212,6 +212,38 @@ device_test!(a_device_that_moves_4_kib_wants_a_size_in_4_kib, {
     assert_eq!(open(&path).limits().capacity, 65536 + 4096);
 });
 
+device_test!(raw_writes_are_of_whole_blocks_of_the_devices_page_cache, {
+    // ext4 caches its device in blocks of its own, XFS in sectors (ADR 0004).
+    for (mkfs, write_block) in [("mkfs.ext4 -q -F -b 4096", 4096), ("mkfs.xfs -q -f", 512)] {
+        let disk = Disk::new(mkfs, 512);
+        let image = open(&disk.file("image", 16));
+        let geometry = image.geometry();
+        assert_eq!((geometry.write_block, geometry.dev_block), (write_block, 512), "{mkfs}");
+        assert!(image.topology().physical_block >= write_block, "{mkfs}");
+    }
+});
+
+#[test]
+fn only_the_devices_own_physical_blocks_begin_where_it_says() {
+    let facts = crate::sys::blockdev::DeviceFacts {
+        size: 1 << 30,
+        logical_block: 512,
+        cache_block: 512,
+        physical_block: 4096,
+        min_io: 4096,
+        opt_io: 0,
+        alignment_offset: 3584,
+    };
+    let seen = |write_block, fs_block| {
+        let seen = super::open::in_blocks(facts, fs_block, write_block);
+        (seen.physical_block, seen.alignment_offset)
+    };
+    assert_eq!(seen(512, 4096), (4096, 3584));
+    assert_eq!(seen(4096, 4096), (4096, 0), "its page cache has blocks as large");
+    assert_eq!(seen(512, 1024), (1024, 0), "the filesystem's blocks are smaller");
+    assert_eq!(seen(1024, 1024), (1024, 0));
+}
+
 device_test!(a_block_device_is_served_unless_somebody_has_it, {
     let disk = Disk::ext4();
     let device = disk.device();

@@ -69,7 +69,13 @@ impl Server<'_> {
 
     fn inbox(&mut self, now: Duration) {
         self.inbox.hear();
-        while let Some(event) = self.inbox.next() {
+        let events: Vec<Event> = std::iter::from_fn(|| self.inbox.next()).collect();
+        let broken = events.iter().any(|event| matches!(event, Event::LeaseBreak));
+        // A signal may have meant another image, or an earlier lease: then this one is still what it was.
+        if broken && !self.image.has_lease() {
+            self.owner.keeper.lease_break(now);
+        }
+        for event in events {
             match event {
                 Event::Worker(id, message) => {
                     if self.front.as_ref().is_some_and(|front| front.knows(id)) {
@@ -78,7 +84,7 @@ impl Server<'_> {
                 }
                 Event::Job(id, done) => self.owner.keeper.job_done(now, id, done),
                 Event::DeviceReset => self.owner.keeper.device_reset(),
-                Event::LeaseBreak => self.owner.keeper.lease_break(now),
+                Event::LeaseBreak => {}
                 Event::InodeTouched => {
                     let change = self.watch.rang(self.owner.direct(), now);
                     self.inode_changed(change, now);

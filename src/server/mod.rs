@@ -193,8 +193,13 @@ fn serve(
     let image = Arc::new(Image::open(&device::image_options(config))?);
     // The path may have come to mean another file.
     link.claim(Some(image.key()))?;
-    let mut server = Server::new(config, rules, image, link, inbox)?;
-    server.serve(inherited)?;
+    let mut server = Server::new(config, rules, Arc::clone(&image), link, inbox)?;
+    let served = server.serve(inherited);
+    if served.is_err() && server.front.is_none() {
+        // Nobody was let in, so nothing raw is in flight, and nobody will answer for the lease any more.
+        image.drop_lease();
+    }
+    served?;
     server.finish()
 }
 
@@ -287,6 +292,8 @@ impl<'a> Server<'a> {
                 self.phase = Phase::Ready;
             }
             Phase::Ready if self.may_listen => {
+                // The others may have taken a while.
+                self.check_mode()?;
                 self.listen(inherited.take())?;
                 self.link.tell(News::Serving);
                 self.phase = Phase::Serving;

@@ -358,8 +358,12 @@ impl Device {
         let serve = move || {
             let _named = span.enter();
             let serve = || super::serve(&config, rules, inherited, &link, (inbox, poster));
-            let panicked = |_| Err(failed("go on")(io::Error::other("the main loop panicked")));
-            let result = catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(panicked);
+            let Ok(result) = catch_unwind(AssertUnwindSafe(serve)) else {
+                // Its workers wait for answers that do not come, and hold a lease that nobody would give up. The
+                // end of the process is what the kernel can put in order (R1a).
+                error!("the main loop panicked; ending at once");
+                std::process::exit(1);
+            };
             link.tell(News::Ended(result));
         };
         // Never joined: it may hang in an image's filesystem, and the process must still end.

@@ -274,7 +274,7 @@ fn stream_socket() -> io::Result<OwnedFd> {
 struct DirectoryLock {
     /// Closed, and so unlocked, before our next thread has its turn.
     _directory: File,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Turn,
 }
 
 /// Two daemons that start at once must not both find the same socket stale and remove the
@@ -282,12 +282,17 @@ struct DirectoryLock {
 fn lock_directory(path: &Path) -> io::Result<DirectoryLock> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let directory = File::open(parent.unwrap_or(Path::new(".")))?;
-    let _turn = turn(&directory)?;
-    let start = Instant::now();
+    let mut turn = turn(&directory)?;
+    // However many want it, they wait so long together; after that each tries once, until as much time has passed again.
+    let since = turn.filter(|since| since.elapsed() < 2 * LOCK_WAIT).unwrap_or_else(Instant::now);
     loop {
         match rustix::fs::flock(directory.as_fd(), FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(DirectoryLock { _directory: directory, _turn }),
-            Err(Errno::AGAIN) if start.elapsed() < LOCK_WAIT => {
+            Ok(()) => {
+                *turn = None;
+                return Ok(DirectoryLock { _directory: directory, _turn: turn });
+            }
+            Err(Errno::AGAIN) if since.elapsed() < LOCK_WAIT => {
+                *turn = Some(since);
                 std::thread::sleep(Duration::from_millis(10));
             }
             Err(errno) => return Err(errno.into()),
@@ -295,14 +300,18 @@ fn lock_directory(path: &Path) -> io::Result<DirectoryLock> {
     }
 }
 
-/// The devices of one process take turns at a directory, however many they are: of the lock's patience each
-/// has all. At another directory nobody has to wait for them.
-fn turn(directory: &File) -> io::Result<MutexGuard<'static, ()>> {
-    static TURNS: Mutex<BTreeMap<(u64, u64), &'static Mutex<()>>> = Mutex::new(BTreeMap::new());
+/// One of our threads' turn at a directory, and since when somebody else keeps all of them from it.
+type Turn = MutexGuard<'static, Since>;
+type Since = Option<Instant>;
+
+/// The devices of one process take turns at a directory, however many they are. At another directory nobody has
+/// to wait for them.
+fn turn(directory: &File) -> io::Result<Turn> {
+    static TURNS: Mutex<BTreeMap<(u64, u64), &'static Mutex<Since>>> = Mutex::new(BTreeMap::new());
     let metadata = directory.metadata()?;
     let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
     // Kept for ever: a few bytes for each directory that has sockets.
-    let turn: &'static Mutex<()> =
+    let turn: &'static Mutex<Since> =
         turns.entry((metadata.dev(), metadata.ino())).or_insert_with(|| Box::leak(Box::default()));
     drop(turns);
     Ok(turn.lock().unwrap_or_else(PoisonError::into_inner))

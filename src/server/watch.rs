@@ -36,12 +36,16 @@ impl InodeWatch {
         if !self.deaf_until.is_some_and(|until| direct || until <= now) {
             return Change::Unchanged;
         }
-        self.deaf_until = None;
         if let Err(error) = self.watch.listen(true) {
+            self.deaf_until = Some(now + CALM);
+            if !direct {
+                return Change::Unchanged;
+            }
             // Not hearing counts as the worst that can be (R5a).
             warn!(%error, "the image's size cannot be watched");
             return Change::SizeChanged;
         }
+        self.deaf_until = None;
         self.look()
     }
 

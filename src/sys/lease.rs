@@ -50,6 +50,15 @@ pub fn take(fd: BorrowedFd<'_>, kind: Kind, signal: c_int) -> io::Result<()> {
     fcntl(fd, libc::F_SETLEASE, kind.raw()).map(drop)
 }
 
+/// The lease that is held; of one that is being broken, what it is to become.
+///
+/// # Errors
+/// The kernel's.
+pub fn held(fd: BorrowedFd<'_>) -> io::Result<Option<Kind>> {
+    let held = fcntl(fd, libc::F_GETLEASE, 0)?;
+    Ok([Kind::Read, Kind::Write].into_iter().find(|kind| kind.raw() == held))
+}
+
 /// Gives the lease back; never blocks, also on a frozen filesystem.
 ///
 /// # Errors

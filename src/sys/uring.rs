@@ -90,7 +90,7 @@ pub struct Ring {
     device: bool,
     /// The kind of lease that `ConfirmLease` wants to see.
     lease: Option<libc::c_int>,
-    /// The time, once it was asked for in this turn of the thread's loop.
+    /// The time, once it was asked for since the last thing that may have taken long.
     now: Cell<Option<Duration>>,
 }
 
@@ -286,6 +286,10 @@ impl Io for Ring {
     /// the buffer, a device there is none of, an `id` that is not free.
     fn submit(&mut self, id: OpId, op: Op) -> Poll<i32> {
         let done = |valid: Option<()>| Poll::Ready(valid.map_or(-libc::EINVAL, |()| 0));
+        if matches!(op, Op::Zero(_) | Op::Copy { .. }) {
+            // Megabytes of memory take a while, and a guest may ask for many in one turn.
+            self.now.set(None);
+        }
         match op {
             Op::Zero(buf) => done(self.buffers.zero(buf)),
             Op::Copy { from, to } => done(self.buffers.copy(from, to)),
@@ -313,9 +317,9 @@ impl Io for Ring {
         None
     }
 
-    /// The clock is read once between two of [`enter`](Ring::enter), [`wait`](Ring::wait) and
-    /// [`has_completions`](Ring::has_completions), of which one ends each turn of the thread's loop: a turn is short, and
-    /// may be interrupted for long after a later reading too.
+    /// The clock is read once, and again after whatever may take long: a visit to the kernel, zeros and copies. Each
+    /// turn of the thread's loop ends in one of [`enter`](Ring::enter), [`wait`](Ring::wait) and
+    /// [`has_completions`](Ring::has_completions), and does nothing else that a guest could make long (R2a).
     fn now(&self) -> Duration {
         self.now.get().unwrap_or_else(|| {
             let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);

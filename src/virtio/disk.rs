@@ -83,7 +83,16 @@ impl Disk for RingDisk {
             return;
         }
         if let Err(error) = self.ring.pin(memory) {
-            tracing::warn!(%error, "guest memory is not pinned: raise RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=) above its size times --threads");
+            let fix = match error.raw_os_error() {
+                Some(libc::ENOMEM) => {
+                    ": raise RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=) above its size times --threads"
+                }
+                Some(libc::EOPNOTSUPP) => {
+                    ": that takes Linux 6.15, and memory that is not a filesystem's"
+                }
+                _ => "",
+            };
+            tracing::warn!(%error, "--pin-memory: the guest's memory is not pinned{fix}");
         }
     }
 

@@ -1,19 +1,66 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `--populate all`: the whole map is loaded when direct mode begins, and stays (R7).
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 
 use super::{Keeper, Ownership};
 use crate::engine::message::{JobId, Report};
 use crate::engine::units::FileRange;
+
+/// Parts of the map remembered as missing. A guest can punch any number; beyond this they are taken for one.
+const PARTS: usize = 1024;
+/// Locks passed over at a time on the way to a part that can be loaded.
+const LOCKS: usize = 8;
 
 /// What of the map is still to be loaded.
 #[derive(Debug, Default)]
 pub(super) struct Population {
     /// Nothing is evicted: the map is complete, or will be.
     pub(super) pinned: bool,
-    missing: VecDeque<FileRange>,
+    /// It was complete once since direct mode began.
+    told: bool,
+    /// Where each part begins and ends; they do not touch. Some of it may be cached by now.
+    missing: BTreeMap<u64, u64>,
     query: Option<JobId>,
+}
+
+impl Population {
+    fn add(&mut self, part: FileRange) {
+        let (mut start, mut end) = (part.start, part.end);
+        while let Some((first, last)) = self.missing.range(..=end).next_back()
+            && *last >= start
+        {
+            (start, end) = (start.min(*first), end.max(*last));
+            let first = *first;
+            self.missing.remove(&first);
+        }
+        self.missing.insert(start, end);
+        let ends = self.missing.first_key_value().zip(self.missing.last_key_value());
+        if self.missing.len() > PARTS
+            && let Some(((first, _), (_, last))) = ends
+        {
+            self.missing = BTreeMap::from([(*first, *last)]);
+        }
+    }
+
+    /// The first part, or rest of one, from byte `at` on.
+    fn from(&self, at: u64) -> Option<FileRange> {
+        let before = self.missing.range(..at).next_back().filter(|(_, end)| **end > at);
+        let (start, end) = before.or_else(|| self.missing.range(at..).next())?;
+        Some(FileRange::new((*start).max(at), *end))
+    }
+
+    /// Nothing of `range`, which lies inside one part, is missing.
+    fn found(&mut self, range: FileRange) {
+        let part = self.missing.range(..=range.start).next_back();
+        let Some((start, end)) = part.map(|(start, end)| (*start, *end)) else { return };
+        self.missing.remove(&start);
+        for (start, end) in [(start, range.start), (range.end, end)] {
+            if start < end {
+                self.missing.insert(start, end);
+            }
+        }
+    }
 }
 
 impl Keeper {
@@ -21,7 +68,7 @@ impl Keeper {
     #[must_use]
     pub fn populating(&self) -> Option<(u64, u64)> {
         let window = self.config.window;
-        let left: u64 = self.population.missing.iter().map(FileRange::len).sum();
+        let left: u64 = self.population.missing.iter().map(|(start, end)| end - start).sum();
         let under_way = self.population.pinned && left > 0;
         under_way.then(|| (window.len().saturating_sub(left), window.len()))
     }
@@ -30,6 +77,7 @@ impl Keeper {
     pub(super) fn populate(&mut self) {
         self.population.missing.clear();
         self.population.pinned = self.config.populate;
+        self.population.told = false;
         let block = u64::from(self.config.geometry.fs_block);
         self.miss(self.config.window.round_out(block));
         self.populate_more();
@@ -45,7 +93,7 @@ impl Keeper {
         let block = u64::from(self.config.geometry.fs_block);
         let range = range.intersect(&self.config.window.round_out(block));
         if self.population.pinned && !range.is_empty() {
-            self.population.missing.push_back(range);
+            self.population.add(range);
         }
     }
 
@@ -56,26 +104,30 @@ impl Keeper {
         if under_way || population.missing.is_empty() || self.ownership != Ownership::Direct {
             return;
         }
-        // Each lock may cut a part in two and put it off once.
-        for _ in 0..=population.missing.len() + self.locks.held().count() {
-            let Some(range) = self.population.missing.pop_front() else {
-                return self.report(Report::Populated);
-            };
-            let Some(gap) = self.map.first_gap(range) else { continue };
+        let (mut at, mut locked) = (0, 0);
+        while let Some(part) = self.population.from(at) {
+            let gap = self.map.first_gap(part);
+            let known = gap.map_or(part.end, |gap| gap.start);
+            self.population.found(FileRange::new(part.start, known));
+            at = part.end;
+            let Some(gap) = gap else { continue };
             let lock = self.locks.held().map(|lock| lock.range);
             let lock = lock.filter(|lock| lock.overlaps(&gap)).min_by_key(|lock| lock.start);
             let free = lock.map_or(gap.end, |lock| lock.start);
             if gap.start < free {
-                self.population.missing.push_front(FileRange::new(gap.start, range.end));
                 self.population.query = Some(self.query_ahead(FileRange::new(gap.start, free)));
                 return;
             }
-            // Being written: what becomes of it is known when the lock goes.
-            let end = lock.map_or(gap.end, |lock| lock.end.min(range.end));
-            self.population.missing.push_back(FileRange::new(gap.start, end));
-            if end < range.end {
-                self.population.missing.push_front(FileRange::new(end, range.end));
+            // Being written: what becomes of it is known when the lock goes, and then this goes on.
+            at = lock.map_or(gap.end, |lock| lock.end);
+            locked += 1;
+            if locked == LOCKS {
+                return;
             }
+        }
+        if self.population.missing.is_empty() && !std::mem::replace(&mut self.population.told, true)
+        {
+            self.report(Report::Populated);
         }
     }
 
@@ -85,5 +137,41 @@ impl Keeper {
             self.population.missing.clear();
             self.report(Report::Unpinned);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(population: &Population) -> Vec<(u64, u64)> {
+        population.missing.iter().map(|(start, end)| (*start, *end)).collect()
+    }
+
+    #[test]
+    fn what_is_missing_is_remembered_once_and_in_bounded_space() {
+        let mut population = Population::default();
+        for _ in 0..3 {
+            for (start, end) in [(30, 40), (10, 20), (50, 60), (20, 30), (12, 18), (39, 50)] {
+                population.add(FileRange::new(start, end));
+            }
+        }
+        assert_eq!(parts(&population), [(10, 60)]);
+        population.found(FileRange::new(20, 30));
+        population.found(FileRange::new(10, 12));
+        population.found(FileRange::new(55, 60));
+        assert_eq!(parts(&population), [(12, 20), (30, 55)]);
+        let from = |at| population.from(at).map(|part| (part.start, part.end));
+        assert_eq!(
+            [from(0), from(12), from(15), from(20)],
+            [(12, 20), (12, 20), (15, 20), (30, 55)].map(Some)
+        );
+        assert_eq!((from(54), from(55)), (Some((54, 55)), None));
+        for part in 0..10 * PARTS as u64 {
+            population.add(FileRange::new(100 + 2 * part, 101 + 2 * part));
+            assert!(population.missing.len() <= PARTS);
+        }
+        assert_eq!(population.from(0).map(|part| part.start), Some(12));
+        assert_eq!(parts(&population).last().map(|part| part.1), Some(100 + 20 * PARTS as u64 - 1));
     }
 }

@@ -113,6 +113,7 @@ impl Ring {
         wanted: usize,
         timeout: Option<Duration>,
     ) -> Result<usize, i32> {
+        self.now.set(None);
         let submit = u32::try_from(submit).unwrap_or(u32::MAX);
         let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
         let submitter = self.uring.0.submitter();
@@ -191,6 +192,7 @@ impl Drop for Ring {
         // that is switched, should have its lease and lock free by the time this returns. Older kernels
         // do not return before the last poll of a file has ended.
         if self.disarm_all() {
+            let _ = self.unpin();
             let _ = self.uring.0.submitter().unregister_files();
         }
     }

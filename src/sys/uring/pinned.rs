@@ -44,17 +44,21 @@ fn parts(base: *mut u8, len: usize) -> impl Iterator<Item = Span> {
 }
 
 impl Ring {
-    /// Pins `memory` in place of what was pinned before: operations on it cost less from then on. Nothing may be in flight.
+    /// Pins `memory` in place of what was pinned before: operations on it cost less from then on. Nothing of the guest's may
+    /// be in flight. It takes as long as looking up every page of it.
     ///
     /// # Errors
     ///
-    /// The kernel does not pin it, for example with `ENOMEM` because RLIMIT_MEMLOCK is too small; nothing is pinned then, and
-    /// everything works as without.
+    /// The kernel does not pin it: `ENOMEM` if RLIMIT_MEMLOCK is too small, `EOPNOTSUPP` if it is older than 6.15. Nothing is
+    /// pinned then, and everything works as without.
     pub fn pin(&mut self, memory: &Arc<Memory>) -> io::Result<()> {
-        let submitter = self.uring.0.submitter();
-        if self.pinned.take().is_some() {
-            submitter.unregister_buffers()?;
+        // Before 6.13 memory is let go only when every older operation has ended, polls among them, which do not end.
+        // That kernel cannot be told from its ring; the next one that can be is this one.
+        if !self.no_iowait {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
+        self.now.set(None);
+        self.unpin()?;
         let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
         let mut spans = Vec::new();
         for region in memory.iter() {
@@ -70,8 +74,17 @@ impl Ring {
         // SAFETY: the buffers are all of the mappings of `memory`, which stay as long as they are registered: the reference
         // below goes only after `unregister_buffers`, or with the ring. That the guest writes there
         // meanwhile is no more than it does in any memory that the kernel reads for us.
-        unsafe { submitter.register_buffers(&buffers) }?;
+        unsafe { self.uring.0.submitter().register_buffers(&buffers) }?;
         self.pinned = Some(Pinned { _memory: Arc::clone(memory), parts: spans });
+        Ok(())
+    }
+
+    /// Lets go of what is pinned. If the kernel does not, it stays in use here as well.
+    pub(super) fn unpin(&mut self) -> io::Result<()> {
+        if self.pinned.is_some() {
+            self.uring.0.submitter().unregister_buffers()?;
+            self.pinned = None;
+        }
         Ok(())
     }
 }
