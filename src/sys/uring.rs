@@ -15,7 +15,6 @@ mod pinned;
 mod setup;
 mod watch;
 
-use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -90,8 +89,6 @@ pub struct Ring {
     device: bool,
     /// The kind of lease that `ConfirmLease` wants to see.
     lease: Option<libc::c_int>,
-    /// The time, once it was asked for since the last thing that may have taken long.
-    now: Cell<Option<Duration>>,
 }
 
 /// [`IoUring`], which has no `Debug`.
@@ -170,7 +167,6 @@ impl Ring {
             image: image.try_clone_to_owned()?,
             device: device.is_some(),
             lease: lease.then_some(kind),
-            now: Cell::new(None),
         })
     }
 }
@@ -286,10 +282,6 @@ impl Io for Ring {
     /// the buffer, a device there is none of, an `id` that is not free.
     fn submit(&mut self, id: OpId, op: Op) -> Poll<i32> {
         let done = |valid: Option<()>| Poll::Ready(valid.map_or(-libc::EINVAL, |()| 0));
-        if matches!(op, Op::Zero(_) | Op::Copy { .. }) {
-            // Megabytes of memory take a while, and a guest may ask for many in one turn.
-            self.now.set(None);
-        }
         match op {
             Op::Zero(buf) => done(self.buffers.zero(buf)),
             Op::Copy { from, to } => done(self.buffers.copy(from, to)),
@@ -317,16 +309,11 @@ impl Io for Ring {
         None
     }
 
-    /// The clock is read once, and again after whatever may take long: a visit to the kernel, zeros and copies. Each
-    /// turn of the thread's loop ends in one of [`enter`](Ring::enter), [`wait`](Ring::wait) and
-    /// [`has_completions`](Ring::has_completions), and does nothing else that a guest could make long (R2a).
+    /// Read anew each time. A thread may be stopped anywhere in a turn of its loop, also by its own signal to a guest: what was
+    /// the time before that says nothing about the lease after it (R2a).
     fn now(&self) -> Duration {
-        self.now.get().unwrap_or_else(|| {
-            let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-            let now = Duration::try_from(now).unwrap_or_default();
-            self.now.set(Some(now));
-            now
-        })
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        Duration::try_from(now).unwrap_or_default()
     }
 }
 

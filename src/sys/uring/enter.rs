@@ -24,7 +24,6 @@ impl Ring {
     /// It sets that flag after it has queued the work. If the work was done in between, the flag stays set with
     /// nothing behind it, so it alone is no answer.
     pub fn has_completions(&mut self) -> bool {
-        self.now.set(None);
         if self.has_task_work() {
             self.submit_queued();
         }
@@ -41,7 +40,6 @@ impl Ring {
     /// The kernel refuses this ring for good, told once. Every operation that it had not taken,
     /// and every later one, ends with that error as its result.
     pub fn enter(&mut self) -> io::Result<()> {
-        self.now.set(None);
         if !self.queued.is_empty() || self.has_task_work() {
             self.submit_queued();
         }
@@ -55,7 +53,6 @@ impl Ring {
     ///
     /// As for [`enter`](Self::enter). Such a ring only dozes.
     pub fn wait(&mut self) -> io::Result<()> {
-        self.now.set(None);
         self.arm_watches();
         if !self.failed.is_empty() || !self.uring.0.completion().is_empty() {
             return self.enter();
@@ -113,7 +110,6 @@ impl Ring {
         wanted: usize,
         timeout: Option<Duration>,
     ) -> Result<usize, i32> {
-        self.now.set(None);
         let submit = u32::try_from(submit).unwrap_or(u32::MAX);
         let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
         let submitter = self.uring.0.submitter();

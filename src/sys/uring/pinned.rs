@@ -57,7 +57,6 @@ impl Ring {
         if !self.no_iowait {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
-        self.now.set(None);
         self.unpin()?;
         let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
         let mut spans = Vec::new();

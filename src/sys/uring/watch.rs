@@ -66,7 +66,6 @@ impl Ring {
     /// `EINVAL` if there is no such place; else what the kernel said. Nothing is watched there then.
     pub fn watch(&mut self, place: usize, fd: Option<RawFd>, hear: Hear) -> io::Result<()> {
         let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
-        self.now.set(None);
         // What is queued names places, and means the files that are in them now.
         self.submit_queued();
         self.disarm(place);
