@@ -143,6 +143,8 @@ pub trait Io {
     /// The next finished operation, if one is there; does not wait.
     fn reap(&mut self) -> Option<Completion>;
 
-    /// Time since some fixed point, going on during suspend (CLOCK_BOOTTIME).
+    /// Time since some fixed point, going on during suspend (CLOCK_BOOTTIME). It is asked for before each raw operation,
+    /// to know whether the lease was confirmed lately (R2a): where too much time passes between that and the start of the
+    /// operation, this may end with EAGAIN.
     fn now(&self) -> Duration;
 }

@@ -15,6 +15,7 @@ mod pinned;
 mod setup;
 mod watch;
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -24,7 +25,7 @@ use std::time::Duration;
 use io_uring::{IoUring, cqueue, squeue};
 
 use super::buffer::{BouncePool, Buffers, GuestBuffers};
-use crate::engine::io::Buf;
+use crate::engine::io::{Buf, Target};
 use crate::engine::{Completion, Geometry, Io, Op, OpId, Tag};
 use operation::Way;
 use pinned::Pinned;
@@ -70,6 +71,14 @@ pub struct Ring {
     /// Entries of the submission queue that the kernel has not taken yet, oldest first: the operation,
     /// or none for a watch.
     queued: VecDeque<Option<OpId>>,
+    /// Raw operations, which go into the submission queue only when it is handed over.
+    raw: Vec<(squeue::Entry, OpId)>,
+    /// When the lease was looked at for the first of these.
+    checked: Duration,
+    /// How long that holds.
+    fresh: Option<Duration>,
+    /// The time that was last told.
+    told: Cell<Duration>,
     /// Operations the kernel refused to take; `reap` returns them.
     failed: VecDeque<Completion>,
     /// Operations that are the kernel's.
@@ -155,6 +164,10 @@ impl Ring {
             pinned: None,
             slots: (0..ops).map(|_| Slot::default()).collect(),
             queued: VecDeque::with_capacity(ops + watches),
+            raw: Vec::with_capacity(ops),
+            checked: Duration::ZERO,
+            fresh: geometry.lease_fresh,
+            told: Cell::default(),
             failed: VecDeque::with_capacity(ops),
             submitted: 0,
             broken: None,
@@ -180,7 +193,7 @@ impl Ring {
     /// Operations taken by `submit` and not yet returned by `reap`.
     #[must_use]
     pub fn in_flight(&self) -> u32 {
-        let waiting = self.queued.iter().flatten().count() + self.failed.len();
+        let waiting = self.queued.iter().flatten().count() + self.raw.len() + self.failed.len();
         u32::try_from(waiting).unwrap_or(u32::MAX).saturating_add(self.submitted)
     }
 
@@ -228,7 +241,15 @@ impl Ring {
             return Err(-error);
         }
         let entry = self.entry(id, op).ok_or(-libc::EINVAL)?.user_data(u64::from(id.0));
-        self.push(&entry)?;
+        if is_raw(op) {
+            if self.raw.is_empty() {
+                self.checked = self.told.get();
+            }
+            self.raw.push((entry, id));
+        } else {
+            self.push(&entry)?;
+            self.queued.push_back(Some(id));
+        }
         let slot = usize::try_from(id.0).ok().and_then(|index| self.slots.get_mut(index));
         if let Some(slot) = slot {
             slot.taken = true;
@@ -237,7 +258,6 @@ impl Ring {
                 self.buffers.guests.pin(tag);
             }
         }
-        self.queued.push_back(Some(id));
         Ok(())
     }
 
@@ -313,7 +333,9 @@ impl Io for Ring {
     /// the time before that says nothing about the lease after it (R2a).
     fn now(&self) -> Duration {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-        Duration::try_from(now).unwrap_or_default()
+        let now = Duration::try_from(now).unwrap_or_default();
+        self.told.set(now);
+        now
     }
 }
 
@@ -321,6 +343,16 @@ impl Ring {
     fn next_entry(&mut self) -> Option<cqueue::Entry> {
         self.uring.0.completion().next()
     }
+}
+
+/// Whether `op` moves data between memory and the device, which takes a lease (R2a).
+const fn is_raw(op: Op) -> bool {
+    matches!(
+        op,
+        Op::Read(Target::Device(_), _)
+            | Op::Write(Target::Device(_), _)
+            | Op::Zeroes(Target::Device(_), _)
+    )
 }
 
 fn errno(error: i32) -> io::Error {

@@ -129,6 +129,8 @@ fn hears(ring: &mut Ring, place: usize) -> bool {
 
 /// The result of one operation on its own.
 fn run(ring: &mut Ring, op: Op) -> i32 {
+    // Raw operations follow a look at the clock.
+    ring.now();
     match ring.submit(OpId(7), op) {
         Poll::Ready(result) => result,
         Poll::Pending => {
@@ -684,6 +686,65 @@ fn the_device_is_written_read_and_flushed_in_ranges() {
     let mut on_disk = vec![0; 8192];
     File::open(&image.path).unwrap().read_exact_at(&mut on_disk, 512 * 9).unwrap();
     assert_eq!(on_disk, data);
+}
+
+/// R2a: a thread that was stopped after the lease was looked at does not submit what it was looked at for.
+#[test]
+fn raw_operations_are_held_back_if_the_look_at_the_lease_was_long_ago() {
+    const FRESH: Duration = Duration::from_secs(5);
+    let image = Image::new();
+    let Some(device) = loop_device(&image) else {
+        eprintln!("skipped: not root");
+        return;
+    };
+    let other = Image::new();
+    let file = other.open(true);
+    let geometry = Geometry { lease_fresh: Some(FRESH), ..GEOMETRY };
+    let mut ring = Ring::new(file.as_fd(), Some(device.as_fd()), &geometry, false, 0).unwrap();
+    let memory = ram();
+    memory.write_slice(&fill(4, 8192), GuestAddress(RAM)).unwrap();
+    for tag in 0..4 {
+        set(&mut ring, tag, &memory, &[(0, 8192)]);
+    }
+    let at = DeviceOffset(4096);
+    let on_disk = || {
+        let mut bytes = vec![0; 8192];
+        File::open(&image.path).unwrap().read_exact_at(&mut bytes, 4096).unwrap();
+        bytes
+    };
+    let submit = |ring: &mut Ring| {
+        let ops = [
+            Op::Write(Target::Device(at), guest(0, 0, 8192)),
+            Op::Read(Target::Device(DeviceOffset(65536)), guest(1, 0, 8192)),
+            Op::Zeroes(Target::Device(at), 8192),
+            Op::Read(Target::Image(0), guest(3, 0, 8192)),
+        ];
+        for (id, op) in (0..).zip(ops) {
+            assert!(ring.submit(OpId(id), op).is_pending());
+        }
+    };
+    let results = |ring: &mut Ring| {
+        let mut done = finish(ring);
+        done.sort_by_key(|done| done.id);
+        done.iter().map(|done| done.result).collect::<Vec<_>>()
+    };
+    for leave in [|ring: &mut Ring| ring.enter().unwrap(), |ring: &mut Ring| ring.wait().unwrap()] {
+        let looked = ring.now();
+        submit(&mut ring);
+        assert_eq!(ring.in_flight(), 4);
+        // As if the thread had stood still since.
+        ring.checked = looked.checked_sub(FRESH + Duration::from_millis(1)).unwrap();
+        leave(&mut ring);
+        assert_eq!(results(&mut ring), [-libc::EAGAIN, -libc::EAGAIN, -libc::EAGAIN, 8192]);
+        assert!(on_disk().iter().all(|byte| *byte == 0xee), "written");
+    }
+    // The time that counts is the one that was told before the first of them.
+    let looked = ring.now();
+    submit(&mut ring);
+    assert_eq!(ring.checked, looked);
+    let done = results(&mut ring);
+    assert!(done[0] == 8192 && done[1] == 8192 && done[3] == 8192, "{done:?}");
+    assert!(on_disk().iter().all(|byte| *byte != 0xee));
 }
 
 /// R14: what else is dirty on the device, the host filesystem's blocks, is not pushed out.

@@ -52,6 +52,9 @@ impl Population {
 
     /// Nothing of `range`, which lies inside one part, is missing.
     fn found(&mut self, range: FileRange) {
+        if range.is_empty() {
+            return;
+        }
         let part = self.missing.range(..=range.start).next_back();
         let Some((start, end)) = part.map(|(start, end)| (*start, *end)) else { return };
         self.missing.remove(&start);
@@ -158,6 +161,7 @@ mod tests {
         }
         assert_eq!(parts(&population), [(10, 60)]);
         population.found(FileRange::new(20, 30));
+        population.found(FileRange::new(15, 15));
         population.found(FileRange::new(10, 12));
         population.found(FileRange::new(55, 60));
         assert_eq!(parts(&population), [(12, 20), (30, 55)]);

@@ -8,7 +8,7 @@ use io_uring::EnterFlags;
 use io_uring::types::{SubmitArgs, Timespec};
 
 use super::{Ring, errno};
-use crate::engine::Completion;
+use crate::engine::{Completion, Io};
 
 /// How often an `io_uring_enter` is repeated at once before other work gets its turn.
 const ENTER_TRIES: u32 = 8;
@@ -40,7 +40,7 @@ impl Ring {
     /// The kernel refuses this ring for good, told once. Every operation that it had not taken,
     /// and every later one, ends with that error as its result.
     pub fn enter(&mut self) -> io::Result<()> {
-        if !self.queued.is_empty() || self.has_task_work() {
+        if !self.queued.is_empty() || !self.raw.is_empty() || self.has_task_work() {
             self.submit_queued();
         }
         self.tell()
@@ -54,6 +54,7 @@ impl Ring {
     /// As for [`enter`](Self::enter). Such a ring only dozes.
     pub fn wait(&mut self) -> io::Result<()> {
         self.arm_watches();
+        self.release_raw();
         if !self.failed.is_empty() || !self.uring.0.completion().is_empty() {
             return self.enter();
         }
@@ -82,6 +83,34 @@ impl Ring {
         std::thread::sleep(BREATH);
     }
 
+    /// Puts the raw operations into the submission queue, just before it is handed over: this thread may have been stopped
+    /// since the lease was looked at for them, and its break may have been forced meanwhile. If that is too long ago they end
+    /// with `EAGAIN`, and whoever tries again looks at the lease again (R2a).
+    ///
+    /// `fresh` is a quarter of the lease-break time. The lease was seen at most so long before the look, and the look is no
+    /// longer ago: of the time after which a break is forced, half is left at least.
+    fn release_raw(&mut self) {
+        if self.raw.is_empty() {
+            return;
+        }
+        let checked = self.checked;
+        let stale = self.fresh.is_some_and(|fresh| self.now().saturating_sub(checked) > fresh);
+        let mut raw = std::mem::take(&mut self.raw);
+        for (entry, id) in raw.drain(..) {
+            let pushed = match self.broken {
+                Some(error) => Err(-error),
+                None if stale => Err(-libc::EAGAIN),
+                None => self.push(&entry),
+            };
+            match pushed {
+                Ok(()) => self.queued.push_back(Some(id)),
+                Err(result) => self.failed.push_back(Completion { id, result }),
+            }
+        }
+        // Its room is kept: nothing was added meanwhile.
+        self.raw = raw;
+    }
+
     /// Enters until the kernel has taken everything queued, or takes nothing more for now.
     pub(super) fn submit_queued(&mut self) {
         if self.broken.is_some() {
@@ -89,6 +118,7 @@ impl Ring {
             let _ = self.call(0, 0, None);
             return;
         }
+        self.release_raw();
         for _ in 0..ENTER_TRIES {
             match self.call(self.queued.len(), 0, None) {
                 Ok(taken) => self.took(taken),
@@ -147,7 +177,8 @@ impl Ring {
     fn give_up(&mut self, error: i32) {
         self.broken = Some(error);
         self.untold = Some(error);
-        let queued = self.queued.drain(..).flatten();
+        let raw = self.raw.drain(..).map(|(_, id)| id);
+        let queued = self.queued.drain(..).flatten().chain(raw);
         self.failed.extend(queued.map(|id| Completion { id, result: -error }));
     }
 
