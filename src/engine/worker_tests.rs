@@ -71,6 +71,30 @@ fn a_lease_lost_in_our_sleep_stops_raw_writes_before_the_first() {
     assert_eq!(rig.reports.last(), Some(&Report::Filesystem(Why::LeaseLost)));
 }
 
+/// R2a: what the ring held back at the last moment looks at the lease again, and goes another way without one.
+#[test]
+fn what_is_held_back_at_the_last_moment_looks_at_the_lease_again() {
+    for lost in [false, true] {
+        let mut rig = Rig::new(MAPPED, Start::Eligible);
+        rig.write(range(5, 1), 6);
+        rig.world.hold = true;
+        let write = rig.write(range(4, 1), 7);
+        let read = rig.start(Kind::Read(range(5, 1)), vec![0; BLOCK as usize]);
+        let before = rig.raw_ops();
+        rig.world.lease = !lost;
+        rig.world.clock += Duration::from_secs(11);
+        rig.world.results.extend([-11, -11]);
+        rig.world.hold = false;
+        rig.run();
+        assert_eq!((rig.done[&write], rig.done[&read]), (Status::Ok, Status::Ok));
+        assert_eq!(rig.raw_ops() - before, if lost { 0 } else { 2 }, "lost: {lost}");
+        assert_eq!(rig.world.guest[&read], vec![6; BLOCK as usize]);
+        let left = rig.reports.last() == Some(&Report::Filesystem(Why::LeaseLost));
+        assert_eq!(left, lost);
+        assert_eq!(rig.read(range(4, 1)), vec![7; BLOCK as usize]);
+    }
+}
+
 #[test]
 fn a_short_transfer_goes_on_and_an_error_fails_its_request_alone() {
     let mut rig = Rig::new(MAPPED, Start::Eligible);
