@@ -12,7 +12,7 @@ use super::load::{Disk as _, transfer};
 use super::native::Native;
 use super::subject::{Device, Subject};
 use super::workload::{Request, Workload};
-use crate::rig::command::{context, run};
+use crate::rig::command::context;
 use crate::rig::{Daemon, Filesystem, Kind, LoopDisk, Mount, Rig, syscalls};
 
 /// Room for the filesystem's own blocks and for small images.
@@ -61,6 +61,8 @@ impl Ground {
         let filesystem = Filesystem::make(Kind::Ext4, 2 * size + MARGIN, 512, &backing, &mount)?;
         let image = Image { path: filesystem.path().join("image"), size };
         fill(&image.path, true, size)?;
+        // While metadata of the filesystem waits to be written, each direct read of its disk looks for dirty pages in the way.
+        filesystem.sync()?;
         let bare = LoopDisk::attach(size, 512, &backing)?;
         fill(bare.path(), false, size)?;
         let sockets = rig.dir("sockets")?;
@@ -114,7 +116,7 @@ impl Ground {
             fill(&path, true, size)?;
         }
         // What the removal leaves to do is not the next run's business.
-        run("sync", &["-f".as_ref(), self.filesystem.path().as_os_str()])?;
+        self.filesystem.sync()?;
         Ok(Image { path, size })
     }
 

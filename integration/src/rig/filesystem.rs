@@ -46,10 +46,12 @@ impl Kind {
 
     /// Makes one on `device`.
     pub fn format(self, device: &Path) -> io::Result<()> {
+        // Without it the kernel goes on writing inode tables for a while after the first mount.
+        const AT_ONCE: &str = "lazy_itable_init=0,lazy_journal_init=0";
         let (program, args): (&str, &[&str]) = match self {
             Kind::Ext2 => ("mkfs.ext2", &["-q", "-F", "-b", "4096", "-m", "0"]),
             Kind::Ext3 => ("mkfs.ext3", &["-q", "-F", "-b", "4096", "-m", "0"]),
-            Kind::Ext4 => ("mkfs.ext4", &["-q", "-F", "-b", "4096", "-m", "0"]),
+            Kind::Ext4 => ("mkfs.ext4", &["-q", "-F", "-b", "4096", "-m", "0", "-E", AT_ONCE]),
             Kind::Ext4Small => ("mkfs.ext4", &["-q", "-F", "-b", "1024", "-m", "0"]),
             Kind::Xfs => ("mkfs.xfs", &["-q", "-f", "-m", "reflink=0"]),
             Kind::XfsReflink => ("mkfs.xfs", &["-q", "-f", "-m", "reflink=1"]),
@@ -205,6 +207,11 @@ impl Filesystem {
     /// Where it is mounted.
     pub fn path(&self) -> &Path {
         self.mount.as_ref().map_or(Path::new(""), Mount::path)
+    }
+
+    /// Writes everything that waits for it to its disk: syncfs(2).
+    pub fn sync(&self) -> io::Result<()> {
+        Ok(rustix::fs::syncfs(std::fs::File::open(self.path())?)?)
     }
 
     /// Its disk.
