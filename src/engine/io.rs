@@ -143,8 +143,12 @@ pub trait Io {
     /// The next finished operation, if one is there; does not wait.
     fn reap(&mut self) -> Option<Completion>;
 
-    /// Time since some fixed point, going on during suspend (CLOCK_BOOTTIME). It is asked for before each raw operation,
-    /// to know whether the lease was confirmed lately (R2a): where too much time passes between that and the start of the
-    /// operation, this may end with EAGAIN.
+    /// Time since some fixed point, going on during suspend (CLOCK_BOOTTIME).
     fn now(&self) -> Duration;
+
+    /// What [`now`](Self::now) said last, for raw operations: before each of them it has to be known whether the lease was
+    /// confirmed lately (R2a). Whatever has passed since is counted when it starts: where that is too long, it ends with EAGAIN.
+    fn lately(&self) -> Duration {
+        self.now()
+    }
 }

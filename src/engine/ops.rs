@@ -287,7 +287,9 @@ impl Worker {
 
     /// Submits the rest of a half, if the lease still allows it.
     fn go_on(&mut self, io: &mut impl Io, id: OpId, op: PieceOp) {
-        if op.device().is_some() && !self.lease_ours(io) {
+        // It may be here because the time that was told last was too long ago.
+        let now = io.now();
+        if op.device().is_some() && !self.lease_ours(io, now) {
             self.give_back(id, &op);
             return self.piece_again(io, op.tag, op.rest());
         }

@@ -329,13 +329,17 @@ impl Io for Ring {
         None
     }
 
-    /// Read anew each time. A thread may be stopped anywhere in a turn of its loop, also by its own signal to a guest: what was
-    /// the time before that says nothing about the lease after it (R2a).
     fn now(&self) -> Duration {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
         let now = Duration::try_from(now).unwrap_or_default();
         self.told.set(now);
         now
+    }
+
+    /// Not read anew for each raw operation. A thread may be stopped anywhere in a turn of its loop, also by its own signal to a
+    /// guest: what was the time before that says nothing about the lease after it. So `release_raw` counts from here.
+    fn lately(&self) -> Duration {
+        self.told.get()
     }
 }
 

@@ -47,6 +47,10 @@ impl Io for RingDisk {
     fn now(&self) -> std::time::Duration {
         self.ring.now()
     }
+
+    fn lately(&self) -> std::time::Duration {
+        self.ring.lately()
+    }
 }
 
 impl Disk for RingDisk {

@@ -31,6 +31,12 @@ pub(crate) type Vring = VringRwLock<AtomicMemory>;
 /// Chains taken from one queue in one go, so that the queues of a thread share it.
 pub(crate) const BATCH: u16 = 64;
 
+/// Requests of a queue that the disk must still have for a signal to be put off.
+const BUSY: u32 = 16;
+
+/// Rounds of its worker that a signal is put off for, at most.
+const PUT_OFF: u8 = 4;
+
 /// Bytes of the flags and the index that both rings begin with (virtio 1.3, 2.7.6 and 2.7.8).
 const RING_FIELDS: usize = 4;
 
@@ -84,6 +90,10 @@ pub(crate) struct Queue {
     pub(crate) broken: bool,
     /// The guest was asked to kick at the next chain, and none has been taken since.
     armed: bool,
+    /// The used index the guest was last told of, if it has not been told of all that is published.
+    untold: Option<u16>,
+    /// Rounds that this has been put off for.
+    put_off: u8,
     /// Finished and not yet published: head index and bytes written.
     used: Vec<(u16, u32)>,
     /// What it counts.
@@ -182,20 +192,46 @@ impl Queue {
         self.used.push((head, written));
     }
 
-    /// Gives what is done back to the guest, with one signal if it wants one. True if there was
-    /// anything.
-    pub(crate) fn publish(&mut self, vring: &Vring, memory: &Memory) -> Result<bool, Broken> {
+    /// Gives what is done back to the guest. It is told by [`notify`](Self::notify).
+    pub(crate) fn publish(&mut self, vring: &Vring, memory: &Memory) -> Result<(), Broken> {
         if self.used.is_empty() {
-            return Ok(false);
+            return Ok(());
         }
         let count = self.used.len();
-        let wanted = self.put_used(&mut vring.get_mut(), memory);
+        let old = self.put_used(&mut vring.get_mut(), memory);
         self.used.clear();
         self.in_flight = self.in_flight.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
-        if wanted? {
+        self.untold.get_or_insert(old?);
+        Ok(())
+    }
+
+    /// Signals the guest, once for all that was published since it was told last, if it wants to know.
+    ///
+    /// Unless it has to be `now`, that is put off for some rounds while the disk has plenty to do besides: at least twice as
+    /// many requests as the guest would hear of. To be woken for each few of its requests costs it, and us, more than they do.
+    /// It is never put off with nothing in flight: whoever waits for a drain finds the guest told.
+    pub(crate) fn notify(
+        &mut self,
+        vring: &Vring,
+        memory: &Memory,
+        now: bool,
+    ) -> Result<(), Broken> {
+        let Some(old) = self.untold else { return Ok(()) };
+        let state = vring.get_ref();
+        let queue = state.get_queue();
+        let news = u32::from(queue.next_used().wrapping_sub(old));
+        let busy = self.in_flight >= BUSY && self.in_flight > 2 * news;
+        if busy && !now && self.put_off < PUT_OFF {
+            self.put_off += 1;
+            return Ok(());
+        }
+        (self.untold, self.put_off) = (None, 0);
+        let wanted = wants_signal(queue, memory, old).ok_or(Broken::Outside)?;
+        drop(state);
+        if wanted {
             self.signal();
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Signals the guest, if it gave us a way to.
@@ -206,11 +242,12 @@ impl Queue {
         }
     }
 
+    /// Puts what is done into the used ring; the index it had before.
     fn put_used(
         &mut self,
         state: &mut VringState<AtomicMemory>,
         memory: &Memory,
-    ) -> Result<bool, Broken> {
+    ) -> Result<u16, Broken> {
         let queue = state.get_queue_mut();
         let (old, size) = (queue.next_used(), queue.size());
         let ring = Cells::new(memory, queue.used_ring(), size);
@@ -228,7 +265,7 @@ impl Queue {
         let index = GuestAddress(queue.used_ring()).checked_add(2).ok_or(Broken::Outside)?;
         memory.store(next.to_le(), index, Ordering::Release).map_err(|_| Broken::Outside)?;
         queue.set_next_used(next);
-        wants_signal(queue, memory, old).ok_or(Broken::Outside)
+        Ok(old)
     }
 }
 

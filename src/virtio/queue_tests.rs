@@ -63,6 +63,16 @@ impl Rig {
         let before = self.queue.counters.calls.get();
         heads.iter().for_each(|head| self.queue.done(*head, 1));
         self.queue.publish(&self.vring, &self.memory).unwrap();
+        self.queue.notify(&self.vring, &self.memory, true).unwrap();
+        self.queue.counters.calls.get() - before
+    }
+
+    /// One round of the worker's in which `count` requests are done: how often it signalled.
+    fn round(&mut self, count: u16) -> u64 {
+        let before = self.queue.counters.calls.get();
+        (0..count).for_each(|_| self.queue.done(0, 1));
+        self.queue.publish(&self.vring, &self.memory).unwrap();
+        self.queue.notify(&self.vring, &self.memory, false).unwrap();
         self.queue.counters.calls.get() - before
     }
 }
@@ -130,6 +140,41 @@ fn one_signal_a_batch_and_none_that_is_not_wanted() {
     rig.memory.write_obj(1u16, GuestAddress(AVAIL)).unwrap(); // VRING_AVAIL_F_NO_INTERRUPT
     assert_eq!(rig.publish(&[4]), 0);
     assert_eq!(rig.used_index(), 4);
+}
+
+#[test]
+fn a_signal_is_put_off_while_the_disk_is_busy_but_not_for_long() {
+    let mut rig = with_call(rig(false));
+    rig.queue.in_flight = 100;
+    assert_eq!([1, 0, 0, 0, 0, 1].map(|done| rig.round(done)), [0, 0, 0, 0, 1, 0], "4 rounds");
+    assert_eq!(rig.used_index(), 2, "who polls sees all at once");
+    rig.queue.notify(&rig.vring, &rig.memory, true).unwrap();
+    assert_eq!(rig.round(33), 1, "of 98, 65 are left: less than twice as many");
+    rig.queue.in_flight = 16;
+    assert_eq!(rig.round(1), 1, "15 are left");
+}
+
+#[test]
+fn with_nothing_in_flight_the_guest_has_been_told() {
+    let mut rig = with_call(rig(true));
+    rig.queue.in_flight = 40;
+    assert_eq!(rig.round(1), 0);
+    rig.queue.in_flight = 1;
+    // The event is among what was put off, not in the last batch.
+    rig.set_used_event(0);
+    assert_eq!(rig.round(1), 1);
+    assert_eq!(rig.round(0), 0, "once");
+}
+
+#[test]
+fn a_driver_that_has_seen_what_was_put_off_is_left_alone() {
+    let mut rig = with_call(rig(true));
+    rig.queue.in_flight = 40;
+    rig.set_used_event(0);
+    assert_eq!(rig.round(1), 0);
+    rig.set_used_event(1);
+    rig.queue.notify(&rig.vring, &rig.memory, true).unwrap();
+    assert_eq!(rig.queue.counters.calls.get(), 0);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! The thread is vhost-user-backend's. Once it has been woken for the first time it stays here
 //! ([`Worker::run`]) and sleeps in its ring, which wakes it for completions, kicks and mail alike, and for whatever
 //! happens in the crate's epoll set: then it goes back there. Each time it goes round: hear the mailbox, answer what has
-//! completed, take chains, signal each guest queue once, and hand the kernel everything in the system
+//! completed, take chains, signal each guest queue once or put that off, and hand the kernel everything in the system
 //! call in which it sleeps. It never blocks, and only it touches what is in here.
 
 use std::io;
@@ -210,6 +210,7 @@ impl<D: Disk> Worker<D> {
             self.answer_all(vrings);
             let full = self.take_all(vrings);
             self.answer_all(vrings);
+            self.notify_all(vrings, false);
             let settled = self.settle();
             let Some(disk) = &mut self.disk else {
                 if heard || settled {
@@ -218,12 +219,13 @@ impl<D: Disk> Worker<D> {
                 return;
             };
             if disk.heard_at(CRATE) && self.leave() {
+                self.notify_all(vrings, true);
                 return self.enter();
             }
             if heard || full || settled || self.look(vrings) || self.arm(vrings) {
                 self.enter();
             } else {
-                self.sleep();
+                self.sleep(vrings);
             }
         }
     }
@@ -247,6 +249,10 @@ impl<D: Disk> Worker<D> {
             return false;
         }
         self.enter();
+        if self.disk.as_mut().is_some_and(Disk::has_completions) {
+            return true;
+        }
+        self.notify_all(vrings, true);
         let begun = Instant::now();
         loop {
             let completed = self.disk.as_mut().is_some_and(Disk::has_completions);
@@ -263,18 +269,38 @@ impl<D: Disk> Worker<D> {
 
     /// Gives the kernel what is queued.
     fn enter(&mut self) {
-        let result = self.disk.as_mut().map_or(Ok(()), Disk::enter);
-        self.complain(result);
+        self.call(Disk::enter);
     }
 
     /// The same, and waits for whatever happens next.
-    fn sleep(&mut self) {
-        let result = self.disk.as_mut().map_or(Ok(()), Disk::wait);
-        self.complain(result);
+    fn sleep(&mut self, vrings: &[Vring]) {
+        if !self.disk.as_mut().is_some_and(Disk::has_completions) {
+            self.notify_all(vrings, true);
+        }
+        self.call(Disk::wait);
     }
 
-    fn complain(&self, result: io::Result<()>) {
-        if let Err(error) = result {
+    /// Signals the guest for what was published, or puts that off unless it has to be `now`.
+    fn notify_all(&mut self, vrings: &[Vring], now: bool) {
+        self.for_each(vrings, |queue, vring, memory| queue.notify(vring, memory, now));
+    }
+
+    /// Does something with every queue, and breaks those where it cannot be done.
+    fn for_each(
+        &mut self,
+        vrings: &[Vring],
+        mut act: impl FnMut(&mut Queue, &Vring, &Memory) -> Result<(), Broken>,
+    ) {
+        for (place, vring) in vrings.iter().enumerate() {
+            let Some(queue) = self.queues.get_mut(place) else { continue };
+            if let Err(why) = act(queue, vring, &self.memory) {
+                self.break_queue(place, why);
+            }
+        }
+    }
+
+    fn call(&mut self, call: impl FnOnce(&mut D) -> io::Result<()>) {
+        if let Some(Err(error)) = self.disk.as_mut().map(call) {
             tracing::error!(worker = self.id.0, %error, "io_uring refuses to work");
         }
     }
@@ -295,12 +321,7 @@ impl<D: Disk> Worker<D> {
             self.spin.completed(disk.now(), answered);
         }
         self.post_messages();
-        for (place, vring) in vrings.iter().enumerate() {
-            let Some(queue) = self.queues.get_mut(place) else { continue };
-            if let Err(why) = queue.publish(vring, &self.memory) {
-                self.break_queue(place, why);
-            }
-        }
+        self.for_each(vrings, Queue::publish);
     }
 
     fn post_messages(&mut self) {
@@ -336,16 +357,10 @@ impl<D: Disk> Worker<D> {
             return false;
         }
         let mut more = false;
-        for (place, vring) in vrings.iter().enumerate() {
-            let Some(queue) = self.queues.get_mut(place) else { continue };
-            if !queue.is_open() {
-                continue;
-            }
-            match queue.arm(vring, &self.memory) {
-                Ok(waiting) => more |= waiting,
-                Err(why) => self.break_queue(place, why),
-            }
-        }
+        self.for_each(vrings, |queue, vring, memory| {
+            more |= queue.is_open() && queue.arm(vring, memory)?;
+            Ok(())
+        });
         more
     }
 

@@ -2,6 +2,8 @@
 //! What a worker owes the keeper: park orders kept and answered, flush points reported, the lease
 //! confirmed before raw I/O, syncs carried out.
 
+use std::time::Duration;
+
 use super::Worker;
 use crate::engine::Op;
 use crate::engine::io::{Io, OpId};
@@ -26,11 +28,10 @@ impl Worker {
         self.outbox.push_back(ToKeeper::Retiring { raw, file });
     }
 
-    /// R2a: is the lease ours, as far as was confirmed lately? If it is not, raw I/O stops here
+    /// R2a: is the lease ours, as far as was confirmed shortly before `now`? If it is not, raw I/O stops here
     /// until the keeper has gone through a break.
-    pub(in crate::engine) fn lease_ours(&mut self, io: &mut impl Io) -> bool {
+    pub(in crate::engine) fn lease_ours(&mut self, io: &mut impl Io, now: Duration) -> bool {
         let Some(fresh) = self.geometry.lease_fresh else { return true };
-        let now = io.now();
         if self.confirmed.is_some_and(|at| now.saturating_sub(at) <= fresh) {
             return true;
         }

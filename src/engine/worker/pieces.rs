@@ -23,9 +23,12 @@ impl Worker {
             && self.raw_bytes > 0
             && self.raw_bytes.saturating_add(piece.unit.len()) > ops::RAW_BYTES;
         let stalled = crowded || !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
-        // Zeros too: nobody may have filled the hole since the map was read (R2a).
+        // Zeros too: nobody may have filled the hole since the map was read (R2a). They start and end here.
         let mapped = piece.route != Route::File;
-        let parked = !stalled && mapped && !self.lease_ours(io);
+        let parked = !stalled && mapped && {
+            let now = if raw { io.lately() } else { io.now() };
+            !self.lease_ours(io, now)
+        };
         let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return false };
         if parked {
             pending.phase = Phase::Parked;
