@@ -7,7 +7,7 @@
 use std::task::Poll;
 use std::time::Duration;
 
-use super::units::DeviceOffset;
+use super::units::{DeviceOffset, FileRange};
 
 /// A request's place in its worker's tables; the caller chose it when it handed the request in.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -120,6 +120,9 @@ pub enum Op {
     },
     /// Is the lease still ours (R2a)? Always [`Poll::Ready`]: 1 yes, 0 no.
     ConfirmLease,
+    /// How many pages of the host's page cache hold bytes of this range of the image (R10a)? Always [`Poll::Ready`]: their
+    /// number, or a negated errno where the kernel does not tell without waiting.
+    CachedPages(FileRange),
 }
 
 /// A finished operation.

@@ -127,7 +127,12 @@ impl Small {
     }
 
     fn unlock(&mut self, tag: u32) {
-        self.say(A, ToKeeper::Unlock { tag: Tag(tag), wrote_file: true });
+        self.say(A, ToKeeper::Unlock { tag: Tag(tag), wrote_file: true, uncached: false });
+    }
+
+    /// The same, and the writes have left nothing in the page cache.
+    fn unlock_uncached(&mut self, tag: u32) {
+        self.say(A, ToKeeper::Unlock { tag: Tag(tag), wrote_file: true, uncached: true });
     }
 
     fn need(&mut self, tag: u32, range: FileRange) {
@@ -680,3 +685,6 @@ fn shutting_down_gives_the_lease_back_in_every_state_and_it_stays_so() {
 
 #[path = "populate_tests.rs"]
 mod populate;
+
+#[path = "forget_tests.rs"]
+mod forget;

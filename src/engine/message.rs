@@ -39,13 +39,16 @@ pub enum ToKeeper {
     /// Lock `range` (whole filesystem blocks) for a file write or a read-modify-write;
     /// answered by [`ToWorker::Locked`].
     Lock(Tag, FileRange),
-    /// The writes under the lock have ended; `wrote_file` says whether any went through the
-    /// file. Answered by [`ToWorker::Settled`] once the map knows (R10).
+    /// The writes under the lock have ended; answered by [`ToWorker::Settled`] once the map no longer says what was there
+    /// before (R10).
     Unlock {
         /// Whose lock.
         tag: Tag,
         /// Whether the file was written.
         wrote_file: bool,
+        /// The writes have succeeded, and no page of the lock's range was in the page cache after the last of them (R10a).
+        /// Not so as well where the kernel does not tell.
+        uncached: bool,
     },
     /// Give the whole blocks inside `range` back to the filesystem (R12); answered by
     /// [`ToWorker::Discarded`].
@@ -87,7 +90,7 @@ pub enum ToWorker {
     Retry(Tag),
     /// The lock is yours; look at the map again.
     Locked(Tag),
-    /// The lock is given back, the map is up to date: the write may complete.
+    /// The lock is given back, the map says nothing any more that the writes made wrong: the request may complete.
     Settled(Tag),
     /// The discard ended: 0 or an errno.
     Discarded(Tag, i32),

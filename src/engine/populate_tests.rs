@@ -64,7 +64,7 @@ fn what_is_being_written_is_loaded_when_that_has_ended() {
         (small.seen(499), small.seen(505), small.seen(515)),
         (Some(State::Mapped), None, Some(State::Mapped))
     );
-    small.say(A, ToKeeper::Unlock { tag: Tag(1), wrote_file: false });
+    small.say(A, ToKeeper::Unlock { tag: Tag(1), wrote_file: false, uncached: false });
     assert_eq!(map_some(&mut small, 100), blocks(500, 10));
     small.unlock(2);
     // The settling itself tells what has become of it.
@@ -137,7 +137,7 @@ fn a_miss_stalls_only_who_needs_it() {
     assert_eq!(small.take(A), [ToWorker::Retry(Tag(2))], "what is cached is answered");
     small.lock(3, blocks(10, 1));
     assert_eq!(small.take(A), [ToWorker::Locked(Tag(3))], "locks are granted");
-    small.say(A, ToKeeper::Unlock { tag: Tag(3), wrote_file: false });
+    small.say(A, ToKeeper::Unlock { tag: Tag(3), wrote_file: false, uncached: false });
     assert_eq!(small.take(A), [ToWorker::Settled(Tag(3))], "and given back");
     small.say(A, ToKeeper::Flush(Tag(4)));
     assert!(matches!(small.take(A)[..], [ToWorker::Point(_)]), "flushes begin");

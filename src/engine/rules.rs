@@ -13,11 +13,19 @@ pub struct Rules {
     pub(super) metadata_sync: bool,
     /// R12: only whole blocks are punched.
     pub(super) punch_rounded: bool,
+    /// R10: what the map says of blocks that were written through the file is forgotten before the guest is told (ADR 0006).
+    pub(super) forget: bool,
 }
 
 impl Default for Rules {
     fn default() -> Self {
-        Self { generation: true, drain: true, metadata_sync: true, punch_rounded: true }
+        Self {
+            generation: true,
+            drain: true,
+            metadata_sync: true,
+            punch_rounded: true,
+            forget: true,
+        }
     }
 }
 
@@ -45,5 +53,11 @@ impl Rules {
     #[must_use]
     pub fn without_punch_rounding() -> Self {
         Self { punch_rounded: false, ..Self::default() }
+    }
+
+    /// All rules but that written holes are forgotten.
+    #[must_use]
+    pub fn without_forgetting() -> Self {
+        Self { forget: false, ..Self::default() }
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! A worker looks at one atomic per request and takes the mutex only when the view has changed,
 //! so the hot path takes no lock. A completion the guest sees is published after the view it
-//! depends on (R10: re-map, *then* complete), and a worker looks at the version after it has taken a
+//! depends on (R10: what a write made wrong goes first, *then* it completes), and a worker looks at the version after it has taken a
 //! request from the ring: a guest that saw a write complete never gets an older map for its next read.
 
 use std::sync::atomic::{AtomicU64, Ordering};

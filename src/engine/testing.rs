@@ -130,7 +130,7 @@ impl World {
                 }
             }
             Op::SyncImage | Op::SyncDevice(..) => return 0,
-            Op::Zero(_) | Op::Copy { .. } | Op::ConfirmLease => unreachable!(),
+            Op::Zero(_) | Op::Copy { .. } | Op::ConfirmLease | Op::CachedPages(_) => unreachable!(),
         }
         match op {
             Op::Read(_, buf) | Op::Write(_, buf) => buf.len() as i32,
@@ -148,6 +148,7 @@ impl Io for World {
                 self.bytes(to).copy_from_slice(&data);
             }
             Op::ConfirmLease => return Poll::Ready(i32::from(self.lease)),
+            Op::CachedPages(_) => return Poll::Ready(i32::from(self.cached)),
             _ => {
                 self.check_apart(op);
                 self.log.push(op);

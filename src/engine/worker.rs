@@ -306,7 +306,7 @@ impl Worker {
                 return;
             }
             let Some(rest) = pending.rest() else {
-                if self.finish(tag) {
+                if self.finish(io, tag) {
                     continue;
                 }
                 return;

@@ -37,6 +37,24 @@ fn a_hole_write_goes_through_the_file_and_is_raw_from_then_on() {
     assert_eq!(rig.read(range(0, 1)), vec![4; BLOCK as usize]);
 }
 
+/// A write that left nothing in the page cache is not waited for by FIEMAP; one that did, or that failed, is (ADR 0006).
+#[test]
+fn a_worker_says_what_its_file_writes_have_left() {
+    for (cached, failed, asked) in [(false, false, 0), (true, false, 1), (false, true, 1)] {
+        let mut rig = Rig::new(HOLES, Start::Eligible);
+        rig.read(range(0, 1));
+        let before = rig.keeper.snapshot().fiemap_calls;
+        rig.world.cached = cached;
+        rig.world.results.extend(failed.then_some(-5));
+        let tag = rig.write(range(2, 2), 9);
+        assert_eq!(rig.done[&tag], if failed { Status::IoError } else { Status::Ok });
+        let calls = rig.keeper.snapshot().fiemap_calls - before;
+        assert_eq!(calls, asked, "cached: {cached}, failed: {failed}");
+        rig.world.cached = false;
+        assert_eq!(rig.read(range(1, 4))[BLOCK as usize], if failed { 0 } else { 9 });
+    }
+}
+
 #[test]
 fn a_break_waits_for_raw_io_only_and_parks_the_rest_meanwhile() {
     let mut rig = Rig::new(MAPPED, Start::Eligible);

@@ -70,6 +70,15 @@ pub fn has_clean_only(fd: BorrowedFd<'_>) -> bool {
     pages.is_ok_and(|pages| pages.cached > 0 && pages.unwritten == Some(0))
 }
 
+/// How many pages hold bytes of `range`, those that reach out of it included. Only by cachestat(2), which never waits: mincore(2)
+/// needs the process's memory map, for which its other threads may be queueing.
+///
+/// # Errors
+/// cachestat's; ENOSYS before Linux 6.5.
+pub fn count(fd: BorrowedFd<'_>, range: FileRange) -> io::Result<u64> {
+    cachestat(fd, range).map(|pages| pages.cached)
+}
+
 fn cachestat(fd: BorrowedFd<'_>, range: FileRange) -> io::Result<Pages> {
     if range.is_empty() {
         // A length of 0 would mean: to the end of the file.

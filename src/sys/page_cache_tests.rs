@@ -44,3 +44,19 @@ fn written_back_pages_are_no_longer_dirty() {
     assert_eq!(pages(file.as_fd(), range).unwrap(), Pages { cached: 1, unwritten: Some(0) });
     assert_eq!(pages(file.as_fd(), FileRange::new(0, 0)).unwrap().cached, 0);
 }
+
+#[test]
+fn a_page_counts_that_reaches_out_of_the_range() {
+    let file = cached_file();
+    let part = FileRange::new(4096 + 512, 4096 + 1024);
+    match count(file.as_fd(), part) {
+        Ok(pages) => assert_eq!(pages, 1),
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
+            return println!("skipped: no cachestat(2) here");
+        }
+        Err(error) => panic!("{error}"),
+    }
+    assert_eq!(count(file.as_fd(), FileRange::new(512, 4096 + 512)).unwrap(), 2);
+    drop_clean(file.as_fd(), FileRange::ALL).unwrap();
+    assert_eq!(count(file.as_fd(), part).unwrap(), 0);
+}

@@ -18,14 +18,16 @@ mod watch;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::task::Poll;
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, squeue};
 
 use super::buffer::{BouncePool, Buffers, GuestBuffers};
+use super::page_cache;
 use crate::engine::io::{Buf, Target};
+use crate::engine::units::FileRange;
 use crate::engine::{Completion, Geometry, Io, Op, OpId, Tag};
 use operation::Way;
 use pinned::Pinned;
@@ -231,6 +233,13 @@ impl Ring {
         let held = unsafe { libc::fcntl(self.image.as_raw_fd(), libc::F_GETLEASE) };
         self.lease == Some(held)
     }
+
+    fn cached_pages(&self, range: FileRange) -> i32 {
+        match page_cache::count(self.image.as_fd(), range) {
+            Ok(pages) => i32::try_from(pages).unwrap_or(i32::MAX),
+            Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
+        }
+    }
 }
 
 /// Starting operations.
@@ -275,7 +284,7 @@ impl Ring {
             Op::SyncDevice(offset, len) => {
                 return operation::sync_device(offset, len, self.device);
             }
-            Op::Zero(_) | Op::Copy { .. } | Op::ConfirmLease => return None,
+            Op::Zero(_) | Op::Copy { .. } | Op::ConfirmLease | Op::CachedPages(_) => return None,
         };
         let spans = self.buffers.spans(buf)?;
         let pinned = self.pinned.as_ref();
@@ -306,6 +315,7 @@ impl Io for Ring {
             Op::Zero(buf) => done(self.buffers.zero(buf)),
             Op::Copy { from, to } => done(self.buffers.copy(from, to)),
             Op::ConfirmLease => Poll::Ready(i32::from(self.lease_held())),
+            Op::CachedPages(range) => Poll::Ready(self.cached_pages(range)),
             Op::Read(..) | Op::Write(..) | Op::Zeroes(..) | Op::SyncImage | Op::SyncDevice(..) => {
                 match self.start(id, op) {
                     Ok(()) => Poll::Pending,

@@ -48,7 +48,10 @@ struct Image {
 
 impl Image {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::at(tempfile::tempdir().unwrap())
+    }
+
+    fn at(dir: tempfile::TempDir) -> Self {
         let path = dir.path().join("image");
         let file = File::create(&path).unwrap();
         // Written, so that reads of it are real ones.
@@ -617,6 +620,26 @@ fn the_lease_is_confirmed_only_while_held() {
     set_lease(&file, libc::F_WRLCK);
     let mut ring = ring(&file);
     assert_eq!(run(&mut ring, Op::ConfirmLease), 0, "not asked for");
+}
+
+#[test]
+fn pages_of_the_image_are_counted_without_an_operation_in_flight() {
+    // Not where a memory filesystem may be, which drops nothing.
+    let image = Image::at(tempfile::tempdir_in("/var/tmp").unwrap());
+    let file = image.open(true);
+    let mut ring = ring(&file);
+    let all = FileRange::new(0, IMAGE_BYTES);
+    match run(&mut ring, Op::CachedPages(all)) {
+        error if error == -libc::ENOSYS => return println!("skipped: no cachestat(2) here"),
+        pages => assert!(pages > 0, "{pages}"),
+    }
+    page_cache::drop_clean(file.as_fd(), FileRange::ALL).unwrap();
+    assert_eq!(run(&mut ring, Op::CachedPages(all)), 0);
+    let buffered = OpenOptions::new().write(true).open(&image.path).unwrap();
+    buffered.write_all_at(&[1; 100], 8192).unwrap();
+    assert_eq!(run(&mut ring, Op::CachedPages(FileRange::new(8192, 8704))), 1);
+    assert_eq!(run(&mut ring, Op::CachedPages(FileRange::new(0, 4096))), 0);
+    assert_eq!(ring.in_flight(), 0);
 }
 
 /// R1a: the ring holds the description that carries lease and lock, whoever else closes it.

@@ -46,6 +46,8 @@ hazards! {
     Zeroes "zeroing by reference",
     NoZeroes "zeroing by reference not to be had",
     NoPunch "filesystem that cannot punch",
+    PagesLeft "pages left by a file write",
+    NoPagesLeft "file write that left no pages",
     FormerBlock "raw write over a page of the block's former life",
 }
 

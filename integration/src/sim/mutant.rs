@@ -21,6 +21,8 @@ pub enum Mutant {
     PunchUnrounded,
     /// ADR 0004: sectors are written raw, whatever the device's page cache holds of their blocks.
     PartialRawWrites,
+    /// R10: a written hole stays a hole in the map.
+    NoForgetting,
 }
 
 impl Mutant {
@@ -33,6 +35,7 @@ impl Mutant {
         Self::NoMetadataFsync,
         Self::PunchUnrounded,
         Self::PartialRawWrites,
+        Self::NoForgetting,
     ];
 
     /// Whether it is a rule of the engine that it breaks; three of the mutants are the simulated world's.
@@ -47,6 +50,7 @@ impl Mutant {
             Some(Self::NoDrain) => Rules::without_drain(),
             Some(Self::NoMetadataFsync) => Rules::without_metadata_sync(),
             Some(Self::PunchUnrounded) => Rules::without_punch_rounding(),
+            Some(Self::NoForgetting) => Rules::without_forgetting(),
             Some(Self::NoCacheCheck | Self::NoFence | Self::PartialRawWrites) | None => {
                 Rules::default()
             }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use extentd::engine::io::{Buf, Target};
 use extentd::engine::message::WorkerId;
+use extentd::engine::units::FileRange;
 use extentd::engine::{Completion, Io, Op, OpId};
 
 use super::disk::{Stamp, ZERO};
@@ -21,6 +22,9 @@ pub(super) const EIO: i32 = -5;
 
 /// The filesystem cannot do that, negated.
 pub(super) const EOPNOTSUPP: i32 = -95;
+
+/// The kernel does not know that system call, negated.
+const ENOSYS: i32 = -38;
 
 /// Not aligned for direct I/O, negated.
 const EINVAL: i32 = -22;
@@ -108,6 +112,7 @@ impl Io for Port<'_> {
                 let ours = world.scenario.identity() || world.lease.is_undisturbed();
                 Poll::Ready(i32::from(ours))
             }
+            Op::CachedPages(range) => Poll::Ready(world.cached_pages(range)),
             Op::Zero(buf) => {
                 for i in 0..sectors(u64::from(buf.len())) {
                     world.memory_set(self.worker, buf, i, ZERO);
@@ -138,6 +143,16 @@ impl Io for Port<'_> {
 }
 
 impl World {
+    /// `cachestat` of a range of the file, where the kernel has it.
+    fn cached_pages(&mut self, range: FileRange) -> i32 {
+        if !self.scenario.cachestat {
+            return ENOSYS;
+        }
+        let pages = self.host.cache.pages_in(&(sectors(range.start)..sectors(range.end)));
+        self.hit(if pages > 0 { Hazard::PagesLeft } else { Hazard::NoPagesLeft });
+        i32::try_from(pages).unwrap_or(i32::MAX)
+    }
+
     fn start(&mut self, worker: WorkerId, id: OpId, op: Op) -> Poll<i32> {
         let (class, place, buf, len) = match op {
             Op::Read(Target::Device(at), buf) => (Class::RawRead, at.0, Some(buf), buf.len()),

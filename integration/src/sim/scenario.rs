@@ -81,6 +81,8 @@ pub(super) struct Scenario {
     pub(super) strict: bool,
     /// The host's filesystem flushes the disk (no `barrier=0`).
     pub(super) barriers: bool,
+    /// The kernel has cachestat(2) for those who must not wait.
+    pub(super) cachestat: bool,
     pub(super) mutant: Option<Mutant>,
 }
 
@@ -147,6 +149,7 @@ impl Scenario {
             zeroes: [200, 100].map(|never| !rng.chance(never)),
             barriers: !rng.chance(150),
             strict: rng.chance(150),
+            cachestat: !rng.chance(150),
             mutant,
         }
     }

@@ -97,22 +97,23 @@ impl Keeper {
         self.direct() && self.map.overlapping(range).any(|e| e.state == State::Shared)
     }
 
-    pub(super) fn unlock(&mut self, owner: Owner, wrote_file: bool) {
+    pub(super) fn unlock(&mut self, now: Duration, owner: Owner, wrote_file: bool, uncached: bool) {
         if wrote_file {
             self.commit.soil(Dirt { metadata: true, device: None });
         }
         let settle = wrote_file && self.ownership == super::Ownership::Direct;
-        match self.locks.find(owner) {
-            Some(lock) if settle => {
-                lock.purpose = Purpose::Settling;
-                let range = lock.range;
-                self.settle(owner, range);
-            }
-            _ => self.settled(owner),
+        let range = self.locks.find(owner).filter(|_| settle).map(|lock| lock.range);
+        let Some(range) = range else { return self.settled(owner) };
+        if uncached && self.forget_written(now, range) {
+            return self.settled(owner);
         }
+        if let Some(lock) = self.locks.find(owner) {
+            lock.purpose = Purpose::Settling;
+        }
+        self.settle(owner, range);
     }
 
-    /// The map is up to date where `owner` wrote, or there is none to be.
+    /// The map says nothing wrong where `owner` wrote, or there is none.
     pub(super) fn settled(&mut self, owner: Owner) {
         if let Some(lock) = self.locks.release(owner)
             && !self.direct()

@@ -28,6 +28,8 @@ pub(super) struct Want {
 #[derive(Debug)]
 pub(super) struct Query {
     range: FileRange,
+    /// What of it somebody waits for; only this is given up on if FIEMAP fails.
+    wanted: FileRange,
     epoch: u64,
     /// Where something was written through the file or punched at any time since it began (R9).
     spoilt: Vec<FileRange>,
@@ -56,8 +58,9 @@ impl Keeper {
         }
     }
 
-    /// Loads `gap` and some of what follows, unless that is under way or being written: then the
-    /// end of it comes back here.
+    /// Loads `gap` and what is missing of a stretch that follows, unless that is under way or being written: then the
+    /// end of it comes back here. What is cached in between does not end the stretch: a disk that was filled at random places
+    /// would be loaded block by block.
     fn load(&mut self, gap: FileRange) {
         let under_way =
             self.queries.values().any(|q| q.epoch == self.epoch && q.range.overlaps(&gap));
@@ -66,18 +69,17 @@ impl Keeper {
         }
         let block = u64::from(self.config.geometry.fs_block);
         let end = self.config.window.round_out(block).end;
-        let far = FileRange::new(gap.start, gap.end.max(gap.start.saturating_add(AHEAD)).min(end));
-        let far = self.map.first_gap(far).unwrap_or(gap);
-        self.query(FileRange::new(gap.start, far.end.max(gap.end)), None);
+        let far = gap.start.saturating_add(AHEAD).min(end);
+        self.query(FileRange::new(gap.start, far.max(gap.end)), gap, None);
     }
 
     /// Loads the beginning of a gap, however long it is.
     pub(super) fn query_ahead(&mut self, gap: FileRange) -> JobId {
-        let end = gap.end.min(gap.start.saturating_add(AHEAD));
-        self.query(FileRange::new(gap.start, end), None)
+        let part = FileRange::new(gap.start, gap.end.min(gap.start.saturating_add(AHEAD)));
+        self.query(part, part, None)
     }
 
-    fn query(&mut self, range: FileRange, settles: Option<Owner>) -> JobId {
+    fn query(&mut self, range: FileRange, wanted: FileRange, settles: Option<Owner>) -> JobId {
         self.counts.fiemap_calls += 1;
         let job = self.run(Job::Map { range, max_extents: BATCH });
         let spoilt = self
@@ -87,7 +89,7 @@ impl Keeper {
             .map(|lock| lock.range)
             .filter(|spoilt| spoilt.overlaps(&range))
             .collect();
-        self.queries.insert(job, Query { range, epoch: self.epoch, spoilt, settles });
+        self.queries.insert(job, Query { range, wanted, epoch: self.epoch, spoilt, settles });
         job
     }
 
@@ -100,7 +102,27 @@ impl Keeper {
 
     /// R10: after file writes under a lock the map learns what the blocks have become.
     pub(super) fn settle(&mut self, owner: Owner, range: FileRange) {
-        self.query(range, Some(owner));
+        self.query(range, range, Some(owner));
+    }
+
+    /// Instead of that, what is known of the range is forgotten: whoever comes next loads it, with some of what follows (ADR 0006).
+    /// Not so (`false`) as long as nothing is proven (R6) or where all of the map is to be kept (R7). Nor where something is opaque,
+    /// which may stay so after the next write as well: forgotten and loaded in turns, it would keep those waiting who need it.
+    pub(super) fn forget_written(&mut self, now: Duration, range: FileRange) -> bool {
+        let known: Vec<Extent> = self.map.overlapping(range).map(|e| e.clip(&range)).collect();
+        let opaque = known.iter().any(|extent| extent.state == State::Opaque);
+        if opaque || !self.proven || self.population.pinned {
+            return false;
+        }
+        let mapped = |extent: &Extent| extent.state == State::Mapped;
+        if self.config.rules.forget && !known.iter().all(mapped) {
+            // Written raw under the lock, if at all, and others may have raw I/O in flight there: see `replace_written`.
+            let kept: Vec<Extent> = known.into_iter().filter(mapped).collect();
+            self.map.replace(range, &kept);
+            self.publish(Mode::Direct);
+            self.evict(now, range);
+        }
+        true
     }
 
     pub(super) fn mapped(&mut self, now: Duration, id: JobId, answer: Result<MapAnswer, i32>) {
@@ -123,7 +145,7 @@ impl Keeper {
 
     fn take(&mut self, now: Duration, query: &Query, answer: Result<MapAnswer, i32>) {
         // FIEMAP failed or said nothing: through the file, then, whatever it is.
-        let unknown = MapAnswer { covered: query.range, ..MapAnswer::default() };
+        let unknown = MapAnswer { covered: query.wanted, ..MapAnswer::default() };
         let answer = answer.ok().filter(|answer| !answer.covered.is_empty());
         let failed = answer.is_none();
         let answer = answer.unwrap_or(unknown);
@@ -139,7 +161,7 @@ impl Keeper {
             self.insert_gaps(covered, &extents, &query.spoilt);
         }
         self.publish(Mode::Direct);
-        self.evict(now, query.range);
+        self.evict(now, covered);
     }
 
     /// Fills the gaps of an answer and weakens what may not be raw: unproven (R6), or not in whole
@@ -171,32 +193,35 @@ impl Keeper {
         list
     }
 
-    /// Inserts an answer where nothing is cached and nothing was written meanwhile (R9).
-    fn insert_gaps(&mut self, covered: FileRange, extents: &[Extent], spoilt: &[FileRange]) {
+    /// Inserts an answer where nothing is cached and nothing was written meanwhile (R9). One change of the map, however many the
+    /// gaps are.
+    pub(super) fn insert_gaps(
+        &mut self,
+        covered: FileRange,
+        extents: &[Extent],
+        spoilt: &[FileRange],
+    ) {
         let spoilt = if self.config.rules.generation { spoilt } else { &[] };
-        let mut at = covered.start;
-        while let Some(gap) = self.map.first_gap(FileRange::new(at, covered.end)) {
-            at = gap.end;
-            let mut free = vec![gap];
-            for cut in spoilt {
-                free = free
-                    .iter()
-                    .flat_map(|r| {
-                        [
-                            FileRange::new(r.start, r.end.min(cut.start)),
-                            FileRange::new(r.start.max(cut.end), r.end),
-                        ]
-                    })
-                    .filter(|r| !r.is_empty())
-                    .collect();
+        let mut list: Vec<Extent> =
+            self.map.overlapping(covered).map(|extent| extent.clip(&covered)).collect();
+        let end = FileRange::new(covered.end, covered.end);
+        let mut taken: Vec<FileRange> =
+            list.iter().map(|e| e.range).chain(spoilt.iter().copied()).chain([end]).collect();
+        taken.sort_unstable_by_key(|range| range.start);
+        let (mut at, mut rest) = (covered.start, extents);
+        for taken in taken {
+            let free = FileRange::new(at, taken.start.min(covered.end));
+            at = at.max(taken.end);
+            if free.is_empty() {
+                continue;
             }
-            for range in free {
-                self.map.replace(range, extents);
-            }
-            if at >= covered.end {
-                return;
-            }
+            let passed = rest.partition_point(|extent| extent.range.end <= free.start);
+            rest = rest.get(passed..).unwrap_or_default();
+            let inside = rest.iter().take_while(|extent| extent.range.start < free.end);
+            list.extend(inside.map(|extent| extent.clip(&free)));
         }
+        list.sort_unstable_by_key(|extent| extent.range.start);
+        self.map.replace(covered, &list);
     }
 
     /// Replaces what is known of a lock's range after its file writes, but for mapped blocks: those were

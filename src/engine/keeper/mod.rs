@@ -155,7 +155,9 @@ impl Keeper {
         match message {
             ToKeeper::NeedMap(tag, range) => self.want(Want { owner: (from, tag), range }),
             ToKeeper::Lock(tag, range) => self.lock((from, tag), range, Purpose::Write),
-            ToKeeper::Unlock { tag, wrote_file } => self.unlock((from, tag), wrote_file),
+            ToKeeper::Unlock { tag, wrote_file, uncached } => {
+                self.unlock(now, (from, tag), wrote_file, uncached);
+            }
             ToKeeper::Discard(tag, range) => self.discard((from, tag), range),
             ToKeeper::Flush(tag) => {
                 self.counts.flush_requests += 1;

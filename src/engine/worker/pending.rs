@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A request on its way: how much of it is still to be planned, and how it ends.
 
+use std::task::Poll;
+
 use super::Worker;
 use crate::engine::Geometry;
 use crate::engine::barrier::Generation;
-use crate::engine::io::Tag;
+use crate::engine::io::{Io, Op, OpId, Tag};
 use crate::engine::message::ToKeeper;
 use crate::engine::ops::EOPNOTSUPP;
 use crate::engine::plan::Access;
 use crate::engine::request::{Kind, Request, Status};
+use crate::engine::shared::Mode;
 use crate::engine::units::FileRange;
 
 /// What a request is waiting for.
@@ -142,14 +145,19 @@ impl Worker {
 
     /// Everything of a range is planned: once its pieces have ended, goes on with the next (then it
     /// says `true`) or ends the request.
-    pub(super) fn finish(&mut self, tag: Tag) -> bool {
+    pub(super) fn finish(&mut self, io: &mut impl Io, tag: Tag) -> bool {
         let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return false };
         if pending.pieces > 0 {
             return false;
         }
         if pending.locked {
             let wrote_file = std::mem::take(&mut pending.wrote_file);
-            self.ask(tag, ToKeeper::Unlock { tag, wrote_file });
+            let range = pending.request.kind.range().round_out(u64::from(self.geometry.fs_block));
+            // Writes that failed may have left anything, and in filesystem mode there is no map to care for.
+            let ask = wrote_file && pending.status == Status::Ok && self.view.mode == Mode::Direct;
+            let uncached =
+                ask && io.submit(OpId(u32::MAX), Op::CachedPages(range)) == Poll::Ready(0);
+            self.ask(tag, ToKeeper::Unlock { tag, wrote_file, uncached });
             return false;
         }
         if let Some(kind) = pending.later.pop() {

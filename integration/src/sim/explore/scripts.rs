@@ -90,6 +90,7 @@ impl Script {
             zeroes: [true, true],
             strict: self.strict,
             barriers: true,
+            cachestat: true,
             ..scenario
         }
     }
