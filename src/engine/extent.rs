@@ -203,7 +203,7 @@ impl ExtentMap {
     /// Makes `extents` all that is known of `range`. They must be in order and are clipped to it;
     /// empty ones are dropped and neighbours that go on one another are merged.
     pub fn replace(&mut self, range: FileRange, extents: &[Extent]) {
-        if range.is_empty() {
+        if range.is_empty() || self.patch(range, extents).is_some() {
             return;
         }
         // What ends where the range begins, or begins where it ends, may merge with what comes in.
@@ -227,6 +227,21 @@ impl ExtentMap {
             Some(Branch { start: leaves.first()?.start, leaves: leaves.into() })
         });
         self.branches.splice(branches, new);
+    }
+
+    /// The same where it concerns one leaf; `None` if it does not.
+    fn patch(&mut self, range: FileRange, extents: &[Extent]) -> Option<()> {
+        let low = range.start.checked_sub(1)?;
+        let branch = self.branches.partition_point(|b| b.start <= low).checked_sub(1)?;
+        let branch = self.branches.get_mut(branch)?;
+        let index = branch.leaves.partition_point(|l| l.start <= low).checked_sub(1)?;
+        let (leaf, old, new) = branch.leaves.get(index)?.patched(range, extents, LEAF)?;
+        // A branch that no copy for the workers shares is not copied.
+        *Arc::make_mut(&mut branch.leaves).get_mut(index)? = leaf;
+        self.count = self.count + new.len() - old.len();
+        let bytes = |list: &[Extent]| list.iter().map(mapped).sum::<u64>();
+        self.mapped = self.mapped + bytes(&new) - bytes(&old);
+        Some(())
     }
 
     /// The branches that a change between these bytes touches; with a neighbour or two if they are small, so
@@ -287,10 +302,28 @@ impl ExtentMap {
 
 /// The extents of `leaves` outside of `range`, and inside of it the new ones; in order, neighbours merged.
 fn merge(leaves: &[Leaf], range: FileRange, extents: &[Extent]) -> Vec<Extent> {
-    let mut merged: Vec<Extent> = Vec::with_capacity(extents.len() + 4 * LEAF);
-    let (before, after) = (FileRange::new(0, range.start), FileRange::new(range.end, u64::MAX));
     let left = leaves.iter().take_while(|l| l.start < range.start).flat_map(Leaf::extents);
     let right = leaves.iter().skip_while(|l| l.end() <= range.end).flat_map(Leaf::extents);
+    let mut merged = Vec::with_capacity(extents.len() + 4 * LEAF);
+    join(&mut merged, left, range, extents, right);
+    merged
+}
+
+/// The same of two lists of extents, of which one reaches to `range` and one goes on behind it.
+fn joined(left: &[Extent], range: FileRange, extents: &[Extent], right: &[Extent]) -> Vec<Extent> {
+    let mut joined = Vec::with_capacity(extents.len() + 2);
+    join(&mut joined, left.iter().copied(), range, extents, right.iter().copied());
+    joined
+}
+
+fn join(
+    into: &mut Vec<Extent>,
+    left: impl Iterator<Item = Extent>,
+    range: FileRange,
+    extents: &[Extent],
+    right: impl Iterator<Item = Extent>,
+) {
+    let (before, after) = (FileRange::new(0, range.start), FileRange::new(range.end, u64::MAX));
     let pieces = left
         .map(|e| e.clip(&before))
         .chain(extents.iter().map(|e| e.clip(&range)))
@@ -298,12 +331,11 @@ fn merge(leaves: &[Leaf], range: FileRange, extents: &[Extent]) -> Vec<Extent> {
         .filter(|e| !e.range.is_empty())
         .map(storable);
     for piece in pieces {
-        match merged.last_mut() {
+        match into.last_mut() {
             Some(last) if last.joins(&piece) => last.range.end = piece.range.end,
-            _ => merged.push(piece),
+            _ => into.push(piece),
         }
     }
-    merged
 }
 
 /// Cuts a list into parts of at most `most`: one just over that becomes two halves, not a full one and a sliver.

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{Extent, State};
+use super::{Extent, State, joined};
 use crate::engine::units::{DeviceOffset, FileRange};
 
 /// Places on the device are multiples of a sector, so the lowest bits of one are free to say the state.
@@ -91,6 +91,44 @@ impl Leaf {
         }
         marks.push(Mark { start: end, what: 0 });
         Some(Self { start, marks: marks.into() })
+    }
+
+    /// The leaf after `extents` have become all that is known of `range`, and the extents that went for that and those that came. Only
+    /// where that concerns no other leaf and leaves this one neither too full (`most` extents) nor so empty that it should grow together with
+    /// others. All but a few of its marks are copied as they are, which makes such a change several times cheaper.
+    pub(super) fn patched(
+        &self,
+        range: FileRange,
+        extents: &[Extent],
+        most: usize,
+    ) -> Option<(Self, Vec<Extent>, Vec<Extent>)> {
+        let low = range.start.checked_sub(1).filter(|low| *low >= self.start)?;
+        if range.end >= self.end() {
+            return None;
+        }
+        // What holds the byte before the range, and the one behind it, keeps its outer part: further out nothing changes.
+        let (first, last) = (self.find(low)?, self.find(range.end)?);
+        let outer = FileRange::new(self.marks.get(first)?.start, self.marks.get(last + 1)?.start);
+        let old: Vec<Extent> = (first..=last).filter_map(|index| self.get(index)).collect();
+        let new = joined(&old, range, extents, &old);
+        let mut marks = Vec::with_capacity(self.marks.len() + 2 * new.len() + 1);
+        marks.extend_from_slice(self.marks.get(..first)?);
+        let mut end = outer.start;
+        for extent in &new {
+            if extent.range.start > end {
+                marks.push(Mark { start: end, what: 0 });
+            }
+            marks.push(Mark::of(extent));
+            end = extent.range.end;
+        }
+        if end < outer.end {
+            marks.push(Mark { start: end, what: 0 });
+        }
+        marks.extend_from_slice(self.marks.get(last + 1..)?);
+        let count = marks.iter().filter(|mark| mark.what != 0).count();
+        let fits = count <= most && (count >= most / 4 || new.len() >= old.len());
+        let leaf = Self { start: self.start, marks: marks.into() };
+        fits.then_some((leaf, old, new))
     }
 
     /// Where its last extent ends.
