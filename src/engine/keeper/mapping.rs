@@ -16,6 +16,9 @@ const AHEAD: u64 = 1 << 30;
 /// Extents asked for at a time, as many as one system call tells. Each costs a third of a microsecond, the way to the helper and
 /// back a hundred times that.
 const BATCH: u32 = 512;
+/// The same where the gap ends soon: as many as cost what the way to the helper costs. That is not too many where the rest is cached, and
+/// not too few where it is gap after gap, in a disk that was filled at random places.
+const FEW: u32 = 128;
 
 /// A request that waits for the map.
 #[derive(Clone, Copy, Debug)]
@@ -69,19 +72,26 @@ impl Keeper {
         }
         let block = u64::from(self.config.geometry.fs_block);
         let end = self.config.window.round_out(block).end;
-        let far = gap.start.saturating_add(AHEAD).min(end);
-        self.query(FileRange::new(gap.start, far.max(gap.end)), gap, None);
+        let far = gap.start.saturating_add(AHEAD).min(end).max(gap.end);
+        let most = if gap.end < far { FEW } else { BATCH };
+        self.query(FileRange::new(gap.start, far), gap, most, None);
     }
 
     /// Loads the beginning of a gap, however long it is.
     pub(super) fn query_ahead(&mut self, gap: FileRange) -> JobId {
         let part = FileRange::new(gap.start, gap.end.min(gap.start.saturating_add(AHEAD)));
-        self.query(part, part, None)
+        self.query(part, part, BATCH, None)
     }
 
-    fn query(&mut self, range: FileRange, wanted: FileRange, settles: Option<Owner>) -> JobId {
+    fn query(
+        &mut self,
+        range: FileRange,
+        wanted: FileRange,
+        max_extents: u32,
+        settles: Option<Owner>,
+    ) -> JobId {
         self.counts.fiemap_calls += 1;
-        let job = self.run(Job::Map { range, max_extents: BATCH });
+        let job = self.run(Job::Map { range, max_extents });
         let spoilt = self
             .locks
             .held()
@@ -102,7 +112,7 @@ impl Keeper {
 
     /// R10: after file writes under a lock the map learns what the blocks have become.
     pub(super) fn settle(&mut self, owner: Owner, range: FileRange) {
-        self.query(range, range, Some(owner));
+        self.query(range, range, BATCH, Some(owner));
     }
 
     /// Instead of that, what is known of the range is forgotten: whoever comes next loads it, with some of what follows (ADR 0006).

@@ -62,6 +62,8 @@ pub struct Keeper {
     direct_since: Duration,
 
     map: ExtentMap,
+    /// The mode to publish the map with, if the workers' view is older.
+    unpublished: Option<Mode>,
     /// Answers to FIEMAPs that are older than this epoch are not inserted.
     epoch: u64,
     queries: BTreeMap<JobId, Query>,
@@ -102,6 +104,7 @@ impl Keeper {
             refusals: 0,
             direct_since: now,
             map: ExtentMap::new(),
+            unpublished: None,
             epoch: 0,
             queries: BTreeMap::new(),
             wants: VecDeque::new(),
@@ -218,8 +221,12 @@ impl Keeper {
         [self.touch_at, self.ownership.deadline()].into_iter().flatten().min()
     }
 
-    /// The next thing to do.
+    /// The next thing to do. What has changed since the last one is published first: a view goes out before the message that depends
+    /// on it, and once for all that was heard in one go.
     pub fn poll_action(&mut self) -> Option<Action> {
+        if let Some(mode) = self.unpublished.take() {
+            self.shared.publish(View { mode, map: self.map.clone() });
+        }
         self.actions.pop_front()
     }
 
@@ -264,8 +271,9 @@ impl Keeper {
         id
     }
 
-    fn publish(&self, mode: Mode) {
-        self.shared.publish(View { mode, map: self.map.clone() });
+    /// Has the workers see the map as it is when they hear of anything next.
+    const fn publish(&mut self, mode: Mode) {
+        self.unpublished = Some(mode);
     }
 
     /// R6a: nothing but us allocates on a device opened exclusively.
