@@ -41,11 +41,13 @@ fn fill(kind: Kind, options: &[&str]) {
             .map(|name| status.number(name));
     assert_eq!(errors, 0, "{status:?}");
     assert!(file > 1000 && direct > 1000, "{status:?}");
-    // Once for each write to a hole, or for many of them: the kernel says what the writes left in the page cache, and the map has room.
+    // Once for each write to a hole, or for many of them: the kernel says what the writes left in the page cache, which on ext2 and
+    // ext3 may be something each time, and the map has room.
+    let through_pages = matches!(kind, Kind::Ext2 | Kind::Ext3);
     let other = File::create(bed.fs.path().join("other")).unwrap();
     let tells = page_cache::count(other.as_fd(), FileRange::ALL).is_ok();
     drop(other);
-    if tells && options.is_empty() {
+    if tells && !through_pages && options.is_empty() {
         assert!(calls < file / 4, "{status:?}");
     }
     drop(client);

@@ -258,6 +258,7 @@ impl Worker {
         let left = length(op.piece.unit) - op.done;
         match u32::try_from(result) {
             Ok(_) if op.by_reference() => return self.half_done(io, id, op),
+            Err(_) if again(result) && op.retries < RETRIES => op.retries += 1,
             Err(_) if op.by_reference() => {
                 // What writing them says is the answer: the kernel refuses this for reasons of its own, such as
                 // pages of the device that it has yet to let go of.
@@ -266,7 +267,6 @@ impl Worker {
             }
             Ok(bytes) if bytes == left => return self.half_done(io, id, op),
             Ok(bytes) if bytes > 0 && bytes < left && self.moved_on(&mut op, bytes) => {}
-            Err(_) if again(result) && op.retries < RETRIES => op.retries += 1,
             // An error, nothing at all, or more than was asked for.
             _ => return self.piece_end(io, id, &op, false),
         }

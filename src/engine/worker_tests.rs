@@ -276,6 +276,20 @@ fn where_zeroing_and_punching_cannot_be_had_zeros_are_written() {
     }
 }
 
+/// Held back at the last moment, not refused.
+#[test]
+fn zeroes_that_are_to_be_tried_again_are() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.write(range(0, 1), 7);
+    rig.world.log.clear();
+    rig.world.results = [-11].into();
+    let tag = rig.start(zeroes(range(0, 1), false), Vec::new());
+    assert_eq!(rig.done[&tag], Status::Ok);
+    assert_eq!(log_of(&rig, |op| matches!(op, Op::Zeroes(Target::Device(_), _))), 2);
+    assert_eq!(rig.world.log.len(), 2, "and nothing is written instead");
+    assert!(rig.read(range(0, 1)).iter().all(|&byte| byte == 0));
+}
+
 #[test]
 fn through_the_filesystem_whole_blocks_are_zeroed_by_reference() {
     let mut rig = Rig::new(MAPPED, Start::Filesystem);

@@ -75,7 +75,7 @@ pub struct Ring {
     queued: VecDeque<Option<OpId>>,
     /// Raw operations, which go into the submission queue only when it is handed over.
     raw: Vec<(squeue::Entry, OpId)>,
-    /// When the lease was looked at for the first of these.
+    /// The time that was told last when the first of these was queued, at which their lease was looked at or later.
     checked: Duration,
     /// How long that holds.
     fresh: Option<Duration>,

@@ -56,7 +56,7 @@ fn more_segments_than_were_asked_for_are_served() {
     let (server, file) = Server::of_file(1, 1);
     let mut guest = Guest::new(server.connect(), 1, 0);
     guest.start();
-    guest.request(0, 0, READ_KIND, 0, 512);
+    let head = guest.prepare(0, 0, READ_KIND, 0, 512);
     assert!(u32::from(SEGMENTS) > super::features::SEG_MAX);
     // The descriptors of request 0, with more data in between, in a table of their own.
     let table = Guest::data_at(16);
@@ -72,7 +72,8 @@ fn more_segments_than_were_asked_for_are_served() {
         guest.memory.write_obj(*descriptor, vm_memory::GuestAddress(place)).unwrap();
     }
     let bytes = 16 * u32::try_from(all.len()).unwrap();
-    guest.describe(0, 0, Descriptor::new(table.0, bytes, INDIRECT, 0));
+    guest.describe(0, head, Descriptor::new(table.0, bytes, INDIRECT, 0));
+    guest.offer(0, head);
     guest.kick(0);
     assert_eq!(guest.wait(0), (0, 512 * u32::from(SEGMENTS) + 1));
     assert_eq!(guest.status(0), 0);

@@ -31,7 +31,7 @@ pub(crate) type Vring = VringRwLock<AtomicMemory>;
 /// Chains taken from one queue in one go, so that the queues of a thread share it.
 pub(crate) const BATCH: u16 = 64;
 
-/// Requests of a queue that the disk must still have for a signal to be put off.
+/// Requests of a queue that must still be in flight for a signal to be put off.
 const BUSY: u32 = 16;
 
 /// Rounds of its worker that a signal is put off for, at most.
@@ -207,7 +207,7 @@ impl Queue {
 
     /// Signals the guest, once for all that was published since it was told last, if it wants to know.
     ///
-    /// Unless it has to be `now`, that is put off for some rounds while the disk has plenty to do besides: at least twice as
+    /// Unless it has to be `now`, that is put off for some rounds while there is plenty to do besides: more than twice as
     /// many requests as the guest would hear of. To be woken for each few of its requests costs it, and us, more than they do.
     /// It is never put off with nothing in flight: whoever waits for a drain finds the guest told.
     pub(crate) fn notify(

@@ -183,6 +183,28 @@ fn release_late(mut pipe: PipeWriter, len: usize) -> (JoinHandle<PipeWriter>, Ar
     (release, released)
 }
 
+/// A signal that was put off, since the disk had plenty to do besides, goes out when the worker falls asleep.
+#[test]
+fn the_guest_hears_of_two_requests_while_others_hang() {
+    let (server, mut pipe) = Server::of_pipe(2, 1);
+    let mut guest = Guest::new(server.connect(), 2, 0);
+    guest.start();
+    for request in 0..20 {
+        guest.read(0, request, 0, 512);
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    while guest.queues[0].call.read().is_ok() {}
+    // 18 are left, then 16: the next two would not be put off.
+    for _ in 0..2 {
+        pipe.write_all(&[5; 2 * 512]).unwrap();
+        let told = (0..2).map(|_| guest.wait(0).1).collect::<Vec<_>>();
+        assert_eq!(told, [513, 513]);
+    }
+    pipe.write_all(&[5; 16 * 512]).unwrap();
+    assert_eq!(guest.front.get_vring_base(0).unwrap(), 20);
+    assert_eq!((0..16).filter_map(|_| guest.used(0)).count(), 16);
+}
+
 #[test]
 fn get_vring_base_waits_for_what_is_in_flight_and_signals_first() {
     let (server, pipe) = Server::of_pipe(2, 1);

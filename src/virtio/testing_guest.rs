@@ -194,6 +194,12 @@ impl Guest {
     /// Makes a request of `len` bytes available, without a kick. Its head is three times its
     /// number, so there are 21 of them.
     pub(crate) fn request(&mut self, queue: usize, request: u16, kind: u32, at: u64, len: u32) {
+        let head = self.prepare(queue, request, kind, at, len);
+        self.offer(queue, head);
+    }
+
+    /// Describes a request that is not offered yet; its head.
+    pub(crate) fn prepare(&self, queue: usize, request: u16, kind: u32, at: u64, len: u32) -> u16 {
         let header = GuestAddress(HEADERS + 16 * u64::from(request));
         self.memory.write_obj(u64::from(kind), header).unwrap();
         self.memory.write_obj(at / 512, GuestAddress(header.0 + 8)).unwrap();
@@ -209,7 +215,7 @@ impl Guest {
         let at = Self::data_at(request).0;
         self.describe(queue, head + 1, Descriptor::new(at, len, data, head + 2));
         self.describe(queue, head + 2, Descriptor::new(status.0, 1, WRITE, 0));
-        self.offer(queue, head);
+        head
     }
 
     pub(crate) fn kick(&self, queue: usize) {

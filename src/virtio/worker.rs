@@ -51,7 +51,7 @@ pub(crate) trait Disk: Io {
     fn enter(&mut self) -> io::Result<()>;
     /// Hands what is queued to the kernel and sleeps until there is something to do.
     fn wait(&mut self) -> io::Result<()>;
-    /// Whether something has completed. No system call.
+    /// Whether something has completed. No system call as a rule.
     fn has_completions(&mut self) -> bool;
     /// Operations not yet reaped.
     fn in_flight(&self) -> u32;

@@ -87,7 +87,7 @@ impl Ring {
     /// since the lease was looked at for them, and its break may have been forced meanwhile. If that is too long ago they end
     /// with `EAGAIN`, and whoever tries again looks at the lease again (R2a).
     ///
-    /// `fresh` is a quarter of the lease-break time. The lease was seen at most so long before the look, and the look is no
+    /// `fresh` is a quarter of the lease-break time. The lease was seen at most so long before `checked`, and that is no
     /// longer ago: of the time after which a break is forced, half is left at least.
     fn release_raw(&mut self) {
         if self.raw.is_empty() {
