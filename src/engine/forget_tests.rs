@@ -220,6 +220,42 @@ fn a_load_that_fails_makes_only_the_gap_opaque() {
     assert_eq!((small.seen(4), small.seen(8)), (Some(State::Opaque), None));
 }
 
+fn asked(small: &Small) -> Vec<u32> {
+    let most = |job: &Job| match job {
+        Job::Map { max_extents, .. } => Some(*max_extents),
+        _ => None,
+    };
+    small.jobs.iter().filter_map(|(_, job)| most(job)).collect()
+}
+
+#[test]
+fn much_is_asked_for_where_nothing_is_cached_and_less_where_something_is() {
+    let mut small = Small::direct(|_| ());
+    small.need(0, blocks(0, 1));
+    assert_eq!(asked(&small), [512]);
+    small.map(State::Hole, Proof::None);
+    small.take(A);
+    fill(&mut small, blocks(4, 1));
+    small.need(2, blocks(4, 1));
+    assert_eq!(asked(&small), [128]);
+}
+
+/// A helper that hangs, and a guest that writes on.
+#[test]
+fn what_a_query_remembers_has_an_end() {
+    let mut small = knowing(State::Hole, |_| ());
+    fill(&mut small, blocks(500, 1));
+    small.need(2, blocks(500, 1));
+    for block in (2..400).chain(502..900) {
+        fill(&mut small, blocks(block, 1));
+        fill(&mut small, blocks(501, 1));
+    }
+    assert!(small.keeper.queries.values().all(|query| query.spoilt.len() <= 256));
+    small.map(State::Mapped, Proof::None);
+    assert_eq!(small.take(A), [ToWorker::Retry(Tag(2))]);
+    assert_eq!(states(&small, 499, 4), [Some(State::Hole), Some(State::Mapped), None, None]);
+}
+
 proptest! {
     /// Against an oracle of one entry a block: an answer fills what is neither cached nor spoilt, and nothing else changes.
     #[test]

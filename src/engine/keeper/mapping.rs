@@ -16,9 +16,11 @@ const AHEAD: u64 = 1 << 30;
 /// Extents asked for at a time, as many as one system call tells. Each costs a third of a microsecond, the way to the helper and
 /// back a hundred times that.
 const BATCH: u32 = 512;
-/// The same where the gap ends soon: as many as cost what the way to the helper costs. That is not too many where the rest is cached, and
-/// not too few where it is gap after gap, in a disk that was filled at random places.
+/// The same where something is cached on the way: as many as cost what the way to the helper costs. That is not too many where nearly
+/// all is cached, and not too few where it is gap after gap, in a disk that was filled at random places.
 const FEW: u32 = 128;
+/// Written ranges that a query remembers one by one.
+const SPOILT: usize = 256;
 
 /// A request that waits for the map.
 #[derive(Clone, Copy, Debug)]
@@ -35,9 +37,28 @@ pub(super) struct Query {
     wanted: FileRange,
     epoch: u64,
     /// Where something was written through the file or punched at any time since it began (R9).
-    spoilt: Vec<FileRange>,
+    pub(super) spoilt: Vec<FileRange>,
     /// The lock whose writes it settles.
     settles: Option<Owner>,
+}
+
+impl Query {
+    /// A query may wait long for the helper, and the guest write all the while. What becomes too much to remember is as good as all
+    /// written: on either side of what somebody waits for, who would otherwise wait in vain.
+    fn spoil(&mut self, range: FileRange) {
+        if !self.spoilt.contains(&range) {
+            self.spoilt.push(range);
+        }
+        if self.spoilt.len() > SPOILT {
+            let before = |range: &FileRange| range.start < self.wanted.start;
+            let sides: (Vec<_>, Vec<_>) = self.spoilt.drain(..).partition(before);
+            let hull = |side: Vec<FileRange>| {
+                side.into_iter()
+                    .reduce(|a, b| FileRange::new(a.start.min(b.start), a.end.max(b.end)))
+            };
+            self.spoilt = [hull(sides.0), hull(sides.1)].into_iter().flatten().collect();
+        }
+    }
 }
 
 impl Keeper {
@@ -73,8 +94,10 @@ impl Keeper {
         let block = u64::from(self.config.geometry.fs_block);
         let end = self.config.window.round_out(block).end;
         let far = gap.start.saturating_add(AHEAD).min(end).max(gap.end);
-        let most = if gap.end < far { FEW } else { BATCH };
-        self.query(FileRange::new(gap.start, far), gap, most, None);
+        let stretch = FileRange::new(gap.start, far);
+        let missing = self.map.first_gap(stretch).unwrap_or(gap);
+        let most = if missing == stretch { BATCH } else { FEW };
+        self.query(stretch, gap, most, None);
     }
 
     /// Loads the beginning of a gap, however long it is.
@@ -106,7 +129,7 @@ impl Keeper {
     /// R9: something begins to be written in `range`. What ends was there when it began.
     pub(super) fn spoil(&mut self, range: FileRange) {
         for query in self.queries.values_mut().filter(|q| q.range.overlaps(&range)) {
-            query.spoilt.push(range);
+            query.spoil(range);
         }
     }
 
