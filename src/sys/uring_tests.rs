@@ -676,16 +676,22 @@ fn loop_device(image: &Image) -> Option<File> {
     Some(device.unwrap())
 }
 
-#[test]
-fn the_device_is_written_read_and_flushed_in_ranges() {
+/// A ring with a device, what the device is made of, and the device; `None` without root.
+fn ring_on_device(geometry: &Geometry) -> Option<(Ring, Image, OwnedFd)> {
     let image = Image::new();
     let Some(device) = loop_device(&image) else {
         eprintln!("skipped: not root");
-        return;
+        return None;
     };
-    let other = Image::new();
-    let file = other.open(true);
-    let mut ring = Ring::new(file.as_fd(), Some(device.as_fd()), &GEOMETRY, false, 0).unwrap();
+    let device = OwnedFd::from(device);
+    let file = Image::new().open(true);
+    let ring = Ring::new(file.as_fd(), Some(device.as_fd()), geometry, false, 0).unwrap();
+    Some((ring, image, device))
+}
+
+#[test]
+fn the_device_is_written_read_and_flushed_in_ranges() {
+    let Some((mut ring, image, device)) = ring_on_device(&GEOMETRY) else { return };
     let memory = ram();
     let data = fill(4, 8192);
     memory.write_slice(&data, GuestAddress(RAM)).unwrap();
@@ -715,15 +721,8 @@ fn the_device_is_written_read_and_flushed_in_ranges() {
 #[test]
 fn raw_operations_are_held_back_if_the_look_at_the_lease_was_long_ago() {
     const FRESH: Duration = Duration::from_secs(5);
-    let image = Image::new();
-    let Some(device) = loop_device(&image) else {
-        eprintln!("skipped: not root");
-        return;
-    };
-    let other = Image::new();
-    let file = other.open(true);
     let geometry = Geometry { lease_fresh: Some(FRESH), ..GEOMETRY };
-    let mut ring = Ring::new(file.as_fd(), Some(device.as_fd()), &geometry, false, 0).unwrap();
+    let Some((mut ring, image, _device)) = ring_on_device(&geometry) else { return };
     let memory = ram();
     memory.write_slice(&fill(4, 8192), GuestAddress(RAM)).unwrap();
     for tag in 0..4 {
