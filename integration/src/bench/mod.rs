@@ -11,6 +11,7 @@
 //! | `workload`, `load` | which requests, and the loop that keeps them in flight |
 //! | `guest`, `native` | where they go: a virtqueue, or an io_uring of the client's own |
 //! | `measure`, `usage` | one run, and what it cost the server |
+//! | `workers` | the client's CPU, kept free of the kernel's own work |
 //! | `sections` | what is no workload |
 //! | `report`, `targets` | the figures, and what they must be |
 //! | `table`, `chart`, `plots`, `page` | how people see them |
@@ -33,6 +34,7 @@ mod subject;
 mod table;
 mod targets;
 mod usage;
+mod workers;
 mod workload;
 
 use std::io;
@@ -46,9 +48,10 @@ use self::ground::{Ground, Programs};
 use self::guest::Wait;
 use self::load::Timing;
 use self::measure::{Outcome, Trial};
-use self::plan::{Pass, Plan, Section};
+use self::plan::{Effort, Pass, Plan, Section};
 use self::report::{Environment, Report, Row};
 use self::subject::{Device, Subject};
+use self::workers::KeptOff;
 use crate::rig::command::{context, run as run_tool};
 use crate::rig::program;
 
@@ -67,10 +70,10 @@ pub struct BenchArgs {
     /// Another extentd, measured in the same rounds as the subject extentd-against
     #[arg(long, value_name = "PROGRAM")]
     against: Option<PathBuf>,
-    /// Rounds [default: 5 where there are targets, 3 elsewhere]
+    /// Rounds [default: 7 where there are targets, 3 elsewhere]
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
-    /// Seconds measured per round, workload and subject [default: 2 where there are targets, 1 elsewhere]
+    /// Seconds measured per round, workload and subject [default: 1.5 where there are targets, 1 elsewhere]
     #[arg(long, value_name = "S")]
     seconds: Option<f64>,
     /// Only these subjects
@@ -115,6 +118,7 @@ struct Bench {
     out: Option<PathBuf>,
     started: Instant,
     report: Report,
+    _kept_off: Option<KeptOff>,
 }
 
 impl Bench {
@@ -150,9 +154,16 @@ impl Bench {
             load_average: [load_average(), 0.0],
             ..Environment::default()
         };
-        let programs = Programs { extentd, against: args.against };
-        let report = Report::new(environment);
-        Ok(Bench { plan, programs, size, out: args.out, started: Instant::now(), report })
+        let kept_off = environment.client_cpu.map(KeptOff::cpu).transpose()?;
+        Ok(Bench {
+            plan,
+            programs: Programs { extentd, against: args.against },
+            size,
+            out: args.out,
+            started: Instant::now(),
+            report: Report::new(environment),
+            _kept_off: kept_off,
+        })
     }
 
     fn run(mut self) -> io::Result<(String, bool)> {
@@ -275,7 +286,7 @@ impl Bench {
             Section::Extents => {
                 // Of 4 GiB: a thousand extents, thirty thousand, a million.
                 let pieces: &[u64] = if plan.quick { &[4096] } else { &[4 << 20, 140 << 10, 4096] };
-                let rounds = plan.targets.rounds;
+                let Effort { rounds, timing } = plan.targets;
                 report.extents = sections::extents(ground, pieces, rounds, timing, plan.wait)?;
             }
             Section::Devices => {

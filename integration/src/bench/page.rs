@@ -49,7 +49,9 @@ fn environment(environment: &Environment) -> String {
     let image = environment.image_bytes >> 20;
     line("image", format!("{image} MiB on {}, {}", environment.filesystem, environment.device));
     let client = match environment.client_cpu {
-        Some(cpu) => format!("`{}`, one thread on CPU {cpu}", environment.client),
+        Some(cpu) => {
+            format!("`{}`, one thread on CPU {cpu}, kernel workers elsewhere", environment.client)
+        }
         None => format!("`{}`, one thread", environment.client),
     };
     line("client", client);

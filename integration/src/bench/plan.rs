@@ -151,8 +151,8 @@ impl Plan {
             device: args.device.unwrap_or(Device::TmpfsLoop),
             wait: args.client.unwrap_or(Wait::Event),
             targets: Effort::new(
-                rounds.unwrap_or(5),
-                seconds.unwrap_or(if quick { 0.5 } else { 2.0 }),
+                rounds.unwrap_or(if quick { 5 } else { 7 }),
+                seconds.unwrap_or(if quick { 0.5 } else { 1.5 }),
             )?,
             others: Effort::new(
                 rounds.unwrap_or(if quick { 2 } else { 3 }),
