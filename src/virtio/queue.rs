@@ -28,8 +28,9 @@ pub(crate) type AtomicMemory = GuestMemoryAtomic<Memory>;
 /// The crate's state of a virtqueue.
 pub(crate) type Vring = VringRwLock<AtomicMemory>;
 
-/// Chains taken from one queue in one go, so that the queues of a thread share it.
-pub(crate) const BATCH: u16 = 64;
+/// Chains taken from one queue in one go, so that the queues of a thread share it, and before the kernel is given them: a disk
+/// that has run dry is not to wait until all that a guest has offered is understood.
+pub(crate) const BATCH: u16 = 8;
 
 /// Requests of a queue that must still be in flight for a signal to be put off.
 const BUSY: u32 = 16;
@@ -207,7 +208,7 @@ impl Queue {
 
     /// Signals the guest, once for all that was published since it was told last, if it wants to know.
     ///
-    /// Unless it has to be `now`, that is put off for some rounds while there is plenty to do besides: more than twice as
+    /// Unless it has to be `now`, that is put off for some rounds while there is plenty to do besides: more than four times as
     /// many requests as the guest would hear of. To be woken for each few of its requests costs it, and us, more than they do.
     /// It is never put off with nothing in flight: whoever waits for a drain finds the guest told.
     pub(crate) fn notify(
@@ -220,7 +221,7 @@ impl Queue {
         let state = vring.get_ref();
         let queue = state.get_queue();
         let news = u32::from(queue.next_used().wrapping_sub(old));
-        let busy = self.in_flight >= BUSY && self.in_flight > 2 * news;
+        let busy = self.in_flight >= BUSY && self.in_flight > 4 * news;
         if busy && !now && self.put_off < PUT_OFF {
             self.put_off += 1;
             return Ok(());

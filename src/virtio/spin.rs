@@ -9,8 +9,10 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-/// How long `auto` looks before it sleeps, when it does.
-const LOOK: Duration = Duration::from_micros(20);
+/// How long `auto` looks before it sleeps, when it does. Whatever it waits for, the disk's next completion or the guest's next
+/// kick, often begins with the wake-up of another CPU, 20 to 30 µs in a virtual machine: looking has to last longer than that, or it only
+/// delays the sleep.
+const LOOK: Duration = Duration::from_micros(50);
 /// The most that can be asked for.
 const MAX_LOOK_US: u64 = 1000;
 /// A turn of a trial. Long against a request, and against a scheduler's time slice.
