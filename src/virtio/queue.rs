@@ -95,6 +95,8 @@ pub(crate) struct Queue {
     untold: Option<u16>,
     /// Rounds that this has been put off for.
     put_off: u8,
+    /// The last [`take`](Self::take) left chains that could have been taken.
+    more: bool,
     /// Finished and not yet published: head index and bytes written.
     used: Vec<(u16, u32)>,
     /// What it counts.
@@ -135,6 +137,7 @@ impl Queue {
         }
         let room = u32::from(place.size).saturating_sub(self.in_flight);
         let count = waiting.min(BATCH).min(u16::try_from(room).unwrap_or(u16::MAX));
+        self.more = count == BATCH && waiting > count;
         if count == 0 {
             return Ok(place);
         }
@@ -151,6 +154,16 @@ impl Queue {
         self.in_flight += u32::from(count);
         self.counters.requests.add(u64::from(count));
         Ok(place)
+    }
+
+    /// Nothing is to be taken this round, whatever the guest has offered.
+    pub(crate) fn pass(&mut self) {
+        self.more = false;
+    }
+
+    /// Whether the last [`take`](Self::take) is to be followed by another one at once.
+    pub(crate) fn is_behind(&self) -> bool {
+        self.more
     }
 
     /// Whether a chain is waiting that may be taken.
@@ -209,8 +222,8 @@ impl Queue {
     /// Signals the guest, once for all that was published since it was told last, if it wants to know.
     ///
     /// Unless it has to be `now`, that is put off for some rounds while there is plenty to do besides: more than four times as
-    /// many requests as the guest would hear of. To be woken for each few of its requests costs it, and us, more than they do.
-    /// It is never put off with nothing in flight: whoever waits for a drain finds the guest told.
+    /// many requests as the guest would hear of, or chains that were waiting when a batch had been taken. To be woken for each few of its requests costs it, and us, more than they do.
+    /// It is never put off with nothing in flight and nothing being taken: whoever waits for a drain finds the guest told.
     pub(crate) fn notify(
         &mut self,
         vring: &Vring,
@@ -221,7 +234,7 @@ impl Queue {
         let state = vring.get_ref();
         let queue = state.get_queue();
         let news = u32::from(queue.next_used().wrapping_sub(old));
-        let busy = self.in_flight >= BUSY && self.in_flight > 4 * news;
+        let busy = self.more || self.in_flight >= BUSY && self.in_flight > 4 * news;
         if busy && !now && self.put_off < PUT_OFF {
             self.put_off += 1;
             return Ok(());

@@ -252,10 +252,10 @@ mod tests {
 
     #[test]
     fn what_is_asked_for_is_done() {
-        let fixed: Polling = "50".parse().unwrap();
+        let fixed: Polling = "70".parse().unwrap();
         let mut spin = Spin::new(fixed);
         spin.completed(Duration::from_secs(1), 1_000_000);
-        assert_eq!(spin.look(), Duration::from_micros(50));
+        assert_eq!(spin.look(), Duration::from_micros(70));
         assert_eq!("auto".parse(), Ok(Polling::Auto));
         assert_eq!("0".parse(), Ok(Polling::Fixed(Duration::ZERO)));
         for bad in ["", "1001", "-1", "fast", "5us"] {

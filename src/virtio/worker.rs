@@ -22,7 +22,7 @@ use super::backend::Backend;
 use super::chain::{Chain, Piece};
 use super::mailbox::Mailbox;
 use super::notify::Notifier;
-use super::queue::{BATCH, Broken, Queue, Quiet, Vring};
+use super::queue::{Broken, Queue, Quiet, Vring};
 use super::requests::Requests;
 use super::spin::{Polling, Spin};
 use crate::engine;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vm_memory::Bytes;
 
-use super::{BATCH, Disk, Worker};
+use super::{Disk, Queue, Worker};
 use crate::engine::request::{self, Kind, MAX_SEGMENTS, Parsed, Request, SEGMENT_BYTES, Status};
 use crate::virtio::Memory;
 use crate::virtio::chain::{Chain, Malformed, Parts, Piece, Table};
@@ -23,36 +23,31 @@ struct Arrival {
 }
 
 impl<D: Disk> Worker<D> {
-    /// Takes a batch from every queue that may be served. True if there may be more in one.
+    /// Takes a batch from every queue that may be served. True if one of them has more.
     pub(super) fn take_all(&mut self, vrings: &[Vring]) -> bool {
+        self.queues.iter_mut().for_each(Queue::pass);
         if self.holds_everything() {
             return false;
         }
         let Some(mut disk) = self.disk.take() else { return false };
-        let mut full = false;
         for (place, vring) in vrings.iter().enumerate() {
-            full |= self.take(&mut disk, place, vring);
+            self.take(&mut disk, place, vring);
         }
         self.disk = Some(disk);
-        full
+        self.queues.iter().any(Queue::is_behind)
     }
 
-    fn take(&mut self, disk: &mut D, place: usize, vring: &Vring) -> bool {
-        let Some(queue) = self.queues.get_mut(place) else { return false };
+    fn take(&mut self, disk: &mut D, place: usize, vring: &Vring) {
+        let Some(queue) = self.queues.get_mut(place) else { return };
         if !queue.is_open() {
-            return false;
+            return;
         }
         let mut heads = std::mem::take(&mut self.heads);
         heads.clear();
-        let result = queue.take(vring, &self.memory, &mut heads);
-        let full = match result {
-            Err(why) => {
-                self.break_queue(place, why);
-                false
-            }
-            Ok(_) if heads.is_empty() => false,
+        match queue.take(vring, &self.memory, &mut heads) {
+            Err(why) => self.break_queue(place, why),
+            Ok(_) if heads.is_empty() => {}
             Ok(at) => {
-                let full = heads.len() >= usize::from(BATCH);
                 self.adopt_write_through();
                 let memory = Arc::clone(&self.memory);
                 let table = Table::new(&memory, at.table, u32::from(at.size));
@@ -61,11 +56,9 @@ impl<D: Disk> Worker<D> {
                     let arrival = Arrival { queue: place, head, now };
                     self.arrive(disk, &memory, &table, arrival);
                 }
-                full
             }
-        };
+        }
         self.heads = heads;
-        full
     }
 
     /// Looked at after a batch was taken and before any of it is accepted: a guest that was told

@@ -177,10 +177,11 @@ impl Trial<'_> {
     }
 }
 
-/// The CPU the client has to itself, as far as that is up to us: the last one. Servers may run anywhere.
+/// The CPU the client has to itself: the last one we may use, unless it is the only one. Servers may run anywhere.
 pub(super) fn client_cpu() -> io::Result<Option<usize>> {
-    let cpus = thread::available_parallelism()?.get();
-    Ok((cpus > 1).then(|| cpus - 1))
+    let ours = rustix::thread::sched_getaffinity(None)?;
+    let mut cpus = (0..rustix::thread::CpuSet::MAX_CPU).rev().filter(|cpu| ours.is_set(*cpu));
+    Ok(cpus.next().filter(|_| cpus.next().is_some()))
 }
 
 /// Runs `work` on a thread that stays on the client's CPU.

@@ -118,7 +118,6 @@ struct Bench {
     out: Option<PathBuf>,
     started: Instant,
     report: Report,
-    _kept_off: Option<KeptOff>,
 }
 
 impl Bench {
@@ -140,6 +139,7 @@ impl Bench {
             cpu: cpu(),
             cpus: std::thread::available_parallelism()?.get(),
             client_cpu: measure::client_cpu()?,
+            kernel_workers_kept_off: measure::client_cpu()?.is_some(),
             memory_bytes: usage::memory_bytes(),
             qemu_storage_daemon: peer,
             extentd: version(&extentd),
@@ -154,7 +154,6 @@ impl Bench {
             load_average: [load_average(), 0.0],
             ..Environment::default()
         };
-        let kept_off = environment.client_cpu.map(KeptOff::cpu).transpose()?;
         Ok(Bench {
             plan,
             programs: Programs { extentd, against: args.against },
@@ -162,7 +161,6 @@ impl Bench {
             out: args.out,
             started: Instant::now(),
             report: Report::new(environment),
-            _kept_off: kept_off,
         })
     }
 
@@ -191,16 +189,34 @@ impl Bench {
                     pass.name(&self.plan),
                     device.name()
                 );
+                let kept_off = self.keep_off();
                 let done = self.pass(&ground, pass);
+                drop(kept_off);
                 self.survive(&pass.workload.name(), done)?;
             }
             for section in sections {
                 eprintln!("{}", section.name());
+                // There the peer is a kernel worker, and nobody has a CPU of his own.
+                let kept_off = (section != Section::Neighbour).then(|| self.keep_off());
                 let done = self.section(&ground, section);
+                drop(kept_off);
                 self.survive(section.name(), done)?;
             }
         }
         self.finish()
+    }
+
+    /// Keeps the client's CPU free of the kernel's unbound workers, if the machine lets us.
+    fn keep_off(&mut self) -> Option<KeptOff> {
+        let environment = &mut self.report.environment;
+        let kept = KeptOff::cpu(environment.client_cpu?);
+        if let Err(error) = &kept
+            && environment.kernel_workers_kept_off
+        {
+            eprintln!("kernel workers cannot be kept off the client's CPU: {error}");
+        }
+        environment.kernel_workers_kept_off &= kept.is_ok();
+        kept.ok()
     }
 
     /// What went wrong with one part is said at the end, and is no reason to lose the others'; an interruption is.

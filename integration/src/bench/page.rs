@@ -48,12 +48,13 @@ fn environment(environment: &Environment) -> String {
     line("qemu-storage-daemon", environment.qemu_storage_daemon.clone());
     let image = environment.image_bytes >> 20;
     line("image", format!("{image} MiB on {}, {}", environment.filesystem, environment.device));
-    let client = match environment.client_cpu {
-        Some(cpu) => {
-            format!("`{}`, one thread on CPU {cpu}, kernel workers elsewhere", environment.client)
-        }
-        None => format!("`{}`, one thread", environment.client),
-    };
+    let mut client = format!("`{}`, one thread", environment.client);
+    if let Some(cpu) = environment.client_cpu {
+        let _ = write!(client, " on CPU {cpu}");
+    }
+    if environment.kernel_workers_kept_off {
+        client.push_str(", unbound kernel workers elsewhere");
+    }
     line("client", client);
     let rounds = format!("{} of {} s", environment.rounds, environment.seconds);
     line("rounds where there are targets", rounds);

@@ -35,6 +35,8 @@ pub(super) struct Environment {
     pub(super) cpus: usize,
     /// The CPU the client stays on; null if it is the only one.
     pub(super) client_cpu: Option<usize>,
+    /// Whether the kernel's unbound workers were kept off it.
+    pub(super) kernel_workers_kept_off: bool,
     /// Bytes of memory.
     pub(super) memory_bytes: u64,
     /// Version of qemu-storage-daemon.
