@@ -222,8 +222,8 @@ impl Queue {
     /// Signals the guest, once for all that was published since it was told last, if it wants to know.
     ///
     /// Unless it has to be `now`, that is put off for some rounds while there is plenty to do besides: more than four times as
-    /// many requests as the guest would hear of, or chains that were waiting when a batch had been taken. To be woken for each few of its requests costs it, and us, more than they do.
-    /// It is never put off with nothing in flight and nothing being taken: whoever waits for a drain finds the guest told.
+    /// many requests as the guest would hear of, or chains that were waiting when a batch had been taken.
+    /// To be woken for each few of its requests costs it, and us, more than they do. It is never put off with nothing in flight and nothing being taken: whoever waits for a drain finds the guest told.
     pub(crate) fn notify(
         &mut self,
         vring: &Vring,
