@@ -12,8 +12,6 @@ const MAX_PIECE: u64 = 1 << 30;
 /// What has to be arranged with the keeper before any piece of a request may be moved.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Need {
-    /// Nothing.
-    Nothing,
     /// The map does not know all of it.
     Map,
     /// It writes through the file, or part of a block: the range must be locked.
@@ -75,51 +73,67 @@ impl Access {
     }
 }
 
-/// What `rest`, the part of a request still to be planned, needs first.
+/// The first piece of `rest`, the part of a request still to be planned, or what that needs before it may start. A piece is
+/// never empty unless `rest` is.
 ///
-/// Under a lock a write needs nothing more: what is not cached then is written through the file, which
-/// is right wherever the blocks are, because nobody else can have them mapped raw.
-#[must_use]
-pub fn need(view: &View, g: &Geometry, access: Access, rest: FileRange, hint: &mut Hint) -> Need {
-    if access.write && access.locked {
-        return Need::Nothing;
-    }
-    if view.mode == Mode::Filesystem {
-        let whole = file_unit(g, rest, u64::from(g.fs_block)) == rest;
-        return if access.write && !whole { Need::Lock } else { Need::Nothing };
-    }
-    if !access.write {
-        // A read goes piece by piece, whatever comes later: were all of it looked at before each piece, a guest could
-        // keep a worker busy for seconds with one long read of many small extents.
-        let known = view.map.lookup(rest.start, hint).is_some();
-        return if known { Need::Nothing } else { Need::Map };
-    }
-    let mut lock = !rest.aligned(u64::from(g.write_block));
-    let mut at = rest.start;
-    while at < rest.end {
-        let Some(extent) = view.map.lookup(at, hint) else { return Need::Map };
-        lock |= !(extent.state == State::Mapped || access.is_there(extent.state));
-        at = extent.range.end;
-    }
-    if lock { Need::Lock } else { Need::Nothing }
-}
-
-/// The first piece of `rest`, whose needs are met. Never empty unless `rest` is.
-#[must_use]
-pub fn next_piece(
+/// # Errors
+/// What has to be arranged.
+pub fn next(
     view: &View,
     g: &Geometry,
     access: Access,
     rest: FileRange,
     hint: &mut Hint,
-) -> Piece {
+) -> Result<Piece, Need> {
     let extent = match view.mode {
-        Mode::Filesystem => opaque(rest),
-        Mode::Direct => view
-            .map
-            .lookup(rest.start, hint)
-            .unwrap_or_else(|| opaque(view.map.first_gap(rest).unwrap_or(rest))),
+        Mode::Filesystem => Some(opaque(rest)),
+        Mode::Direct => view.map.lookup(rest.start, hint),
     };
+    if let Some(need) = need(view, g, access, rest, extent, hint) {
+        return Err(need);
+    }
+    let gap = || opaque(view.map.first_gap(rest).unwrap_or(rest));
+    Ok(first_piece(g, access, rest, &extent.unwrap_or_else(gap)))
+}
+
+/// What `rest`, which begins in `first` if that is cached, needs.
+///
+/// Under a lock a write needs nothing more: what is not cached then is written through the file, which
+/// is right wherever the blocks are, because nobody else can have them mapped raw.
+fn need(
+    view: &View,
+    g: &Geometry,
+    access: Access,
+    rest: FileRange,
+    first: Option<Extent>,
+    hint: &mut Hint,
+) -> Option<Need> {
+    if access.write && access.locked {
+        return None;
+    }
+    if view.mode == Mode::Filesystem {
+        let whole = file_unit(g, rest, u64::from(g.fs_block)) == rest;
+        return (access.write && !whole).then_some(Need::Lock);
+    }
+    let Some(mut extent) = first else { return Some(Need::Map) };
+    if !access.write {
+        // A read goes piece by piece, whatever comes later: were all of it looked at before each piece, a guest could
+        // keep a worker busy for seconds with one long read of many small extents.
+        return None;
+    }
+    let mut lock = !rest.aligned(u64::from(g.write_block));
+    loop {
+        lock |= !(extent.state == State::Mapped || access.is_there(extent.state));
+        if extent.range.end >= rest.end {
+            return lock.then_some(Need::Lock);
+        }
+        let Some(next) = view.map.lookup(extent.range.end, hint) else { return Some(Need::Map) };
+        extent = next;
+    }
+}
+
+/// The first piece of `rest`, whose needs are met, and which begins in `extent`.
+fn first_piece(g: &Geometry, access: Access, rest: FileRange, extent: &Extent) -> Piece {
     let run = rest.intersect(&extent.range);
     let run = FileRange::new(run.start, run.end.min(run.start + MAX_PIECE));
     match (extent.state, access.write) {

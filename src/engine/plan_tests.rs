@@ -72,7 +72,7 @@ proptest! {
         let access = Access { write, zeroes: false, locked: true, mem_aligned, base: 0 };
         let mut rest = all;
         while !rest.is_empty() {
-            let piece = next_piece(&view, &g, access, rest, &mut hint);
+            let piece = next(&view, &g, access, rest, &mut hint).unwrap();
             prop_assert_eq!(piece.range.start, rest.start);
             prop_assert!(piece.range.end > rest.start && piece.range.end <= rest.end);
             prop_assert!(piece.unit.contains(&piece.range) && piece.unit.end <= size);
@@ -130,8 +130,8 @@ proptest! {
         } else {
             all.aligned(4096)
         };
-        let need = need(&view, &g, access, all, &mut Hint::default());
-        prop_assert_eq!(need, if free { Need::Nothing } else { Need::Lock });
+        let need = next(&view, &g, access, all, &mut Hint::default()).err();
+        prop_assert_eq!(need, (!free).then_some(Need::Lock));
     }
 }
 
@@ -142,10 +142,10 @@ fn what_is_not_cached_is_asked_for_before_a_lock_is() {
     view.map.remove(FileRange::new(8192, 12288));
     let access = Access { write: true, zeroes: false, locked: false, mem_aligned: true, base: 0 };
     let mut hint = Hint::default();
-    let mut ask = |start, end| need(&view, &g, access, FileRange::new(start, end), &mut hint);
-    assert_eq!(ask(0, 16384), Need::Map);
-    assert_eq!(ask(0, 8192), Need::Lock);
-    assert_eq!(ask(16384, 20480), Need::Map);
+    let mut ask = |start, end| next(&view, &g, access, FileRange::new(start, end), &mut hint).err();
+    assert_eq!(ask(0, 16384), Some(Need::Map));
+    assert_eq!(ask(0, 8192), Some(Need::Lock));
+    assert_eq!(ask(16384, 20480), Some(Need::Map));
 }
 
 /// However much of it is still to come: many small extents must not be walked through before each piece.
@@ -157,12 +157,12 @@ fn a_read_needs_no_more_than_its_beginning() {
     view.map.remove(FileRange::new(8192, 12288));
     let access = Access { write: false, zeroes: false, locked: false, mem_aligned: true, base: 0 };
     let mut hint = Hint::default();
-    let mut ask = |start, end| need(&view, &g, access, FileRange::new(start, end), &mut hint);
-    assert_eq!(ask(0, 16384), Need::Nothing);
-    assert_eq!(ask(4096 + 512, 16384), Need::Nothing);
-    assert_eq!(ask(8192, 16384), Need::Map);
-    assert_eq!(ask(12288, 20480), Need::Nothing);
-    assert_eq!(ask(16384, 20480), Need::Map);
+    let mut ask = |start, end| next(&view, &g, access, FileRange::new(start, end), &mut hint).err();
+    assert_eq!(ask(0, 16384), None);
+    assert_eq!(ask(4096 + 512, 16384), None);
+    assert_eq!(ask(8192, 16384), Some(Need::Map));
+    assert_eq!(ask(12288, 20480), None);
+    assert_eq!(ask(16384, 20480), Some(Need::Map));
 }
 
 /// A file of 4096 + 700 bytes: the guest sees one sector of its last block, and what lies behind that is never transferred.
@@ -173,7 +173,7 @@ fn a_file_that_ends_inside_a_sector() {
     let access = Access { write: true, zeroes: false, locked: true, mem_aligned: true, base: 0 };
     let last = FileRange::new(4096, 4096 + 512);
     for access in [access, Access { write: false, ..access }, Access { zeroes: true, ..access }] {
-        let piece = next_piece(&view, &g, access, last, &mut Hint::default());
+        let piece = next(&view, &g, access, last, &mut Hint::default()).unwrap();
         assert_eq!((piece.route, piece.unit, piece.range), (Route::File, last, last));
     }
     assert_eq!(file_unit(&g, last, 4096), last);

@@ -321,17 +321,14 @@ impl Worker {
             }
             // A lock is for the whole request: a piece that has to be planned again is inside it.
             let all = pending.request.kind.range();
-            let need = plan::need(&self.view, &self.geometry, access, rest, &mut self.hint);
-            match need {
-                Need::Nothing => {}
-                Need::Map => return self.ask(tag, ToKeeper::NeedMap(tag, range)),
-                Need::Lock => {
+            match plan::next(&self.view, &self.geometry, access, rest, &mut self.hint) {
+                Ok(piece) if self.start_piece(io, tag, access, piece) => {}
+                Ok(_) => return,
+                Err(Need::Map) => return self.ask(tag, ToKeeper::NeedMap(tag, range)),
+                Err(Need::Lock) => {
                     let all = all.round_out(u64::from(self.geometry.fs_block));
                     return self.ask(tag, ToKeeper::Lock(tag, all));
                 }
-            }
-            if !self.start_piece(io, tag, access, rest) {
-                return;
             }
         }
     }

@@ -31,7 +31,7 @@ device_test!(raw_io_does_not_queue_behind_file_writes_that_hang, {
         (0..PIECES).map(|n| (GuestAddress(2 * n * BLOCK), BLOCK as u32)).collect();
     let mut ring =
         Ring::new(image.image_fd(), image.device_fd(), image.geometry(), false, 0).unwrap();
-    assert!(ring.guests().set(Tag(0), memory, &every_second, 4096).unwrap());
+    assert!(ring.guests().set(Tag(0), &memory, &every_second, 4096).unwrap());
     let mount = disk.path();
     sh(&format!("fsfreeze -f {}", mount.display()));
     for n in 0..WRITES {

@@ -48,6 +48,9 @@ pub enum BadAddress {
         /// The tag.
         tag: u32,
     },
+    /// Other requests have their data in another memory.
+    #[error("requests of the memory before are not done")]
+    OtherMemory,
 }
 
 /// A run of bytes in this process's address space. Plain numbers: whoever hands one out says how
@@ -115,8 +118,8 @@ struct Piece {
 
 #[derive(Debug, Default)]
 struct Request {
-    /// Keeps the pieces mapped; `None` when the tag is not set.
-    memory: Option<Arc<Memory>>,
+    /// The pieces are in the table's memory, which stays mapped for them.
+    set: bool,
     pieces: Vec<Piece>,
     len: u64,
     in_flight: u32,
@@ -124,7 +127,6 @@ struct Request {
 
 impl Request {
     fn reset(&mut self) {
-        self.memory = None;
         self.pieces.clear();
         self.pieces.shrink_to(KEEP_PIECES);
         self.len = 0;
@@ -172,6 +174,11 @@ impl Request {
 #[derive(Debug)]
 pub struct GuestBuffers {
     requests: Vec<Request>,
+    /// What all tags that are set have their data in, as long as there is one: taken and let go of once for many
+    /// requests, since counting is an exchange with other CPUs.
+    memory: Option<Arc<Memory>>,
+    /// How many tags are set.
+    set: usize,
 }
 
 impl GuestBuffers {
@@ -179,7 +186,8 @@ impl GuestBuffers {
     /// grow once.
     #[must_use]
     pub fn new(max_requests: u32) -> Self {
-        Self { requests: (0..max_requests).map(|_| Request::default()).collect() }
+        let requests = (0..max_requests).map(|_| Request::default()).collect();
+        Self { requests, memory: None, set: 0 }
     }
 
     /// Says that request `tag`'s data are these `(address, bytes)` pieces of `memory`, in order,
@@ -193,18 +201,21 @@ impl GuestBuffers {
     pub fn set(
         &mut self,
         tag: Tag,
-        memory: Arc<Memory>,
+        memory: &Arc<Memory>,
         pieces: &[(GuestAddress, u32)],
         mem_align: u32,
     ) -> Result<bool, BadAddress> {
         self.make_room(tag);
+        if self.request(tag).is_some_and(|request| request.in_flight > 0) {
+            return Err(BadAddress::InFlight { tag: tag.0 });
+        }
+        self.clear(tag);
+        if self.memory.as_ref().is_some_and(|held| !Arc::ptr_eq(held, memory)) {
+            return Err(BadAddress::OtherMemory);
+        }
         let Some(request) = self.request_mut(tag) else {
             return Err(BadAddress::NoSuchTag { tag: tag.0 });
         };
-        if request.in_flight > 0 {
-            return Err(BadAddress::InFlight { tag: tag.0 });
-        }
-        request.reset();
         for &(addr, len) in pieces {
             let outside = BadAddress::Outside { addr: addr.0, len };
             let bytes = usize::try_from(len).map_err(|_| outside)?;
@@ -223,9 +234,13 @@ impl GuestBuffers {
                 request.push(Span { base, len: slice.len() });
             }
         }
-        request.memory = Some(memory);
+        request.set = true;
         let mask = usize::try_from(mem_align).map_or(usize::MAX, |align| align.saturating_sub(1));
-        Ok(request.pieces.iter().all(|piece| (piece.span.base.addr() | piece.span.len) & mask == 0))
+        let fit = |piece: &Piece| (piece.span.base.addr() | piece.span.len) & mask == 0;
+        let fit = request.pieces.iter().all(fit);
+        self.set += 1;
+        self.memory.get_or_insert_with(|| Arc::clone(memory));
+        Ok(fit)
     }
 
     /// Forgets request `tag` and lets go of its memory.
@@ -235,8 +250,15 @@ impl GuestBuffers {
     pub fn clear(&mut self, tag: Tag) {
         let Some(request) = self.request_mut(tag) else { return };
         debug_assert_eq!(request.in_flight, 0, "{tag:?} cleared with I/O in flight");
-        if request.in_flight == 0 {
-            request.reset();
+        if request.in_flight > 0 {
+            return;
+        }
+        request.reset();
+        if std::mem::take(&mut request.set) {
+            self.set -= 1;
+            if self.set == 0 {
+                self.memory = None;
+            }
         }
     }
 
@@ -258,9 +280,7 @@ impl GuestBuffers {
     /// Lets go of nothing, ever: for when the kernel may still write there and cannot be waited
     /// for.
     fn leak(&mut self) {
-        for request in &mut self.requests {
-            std::mem::forget(request.memory.take());
-        }
+        std::mem::forget(self.memory.take());
     }
 
     fn make_room(&mut self, tag: Tag) {

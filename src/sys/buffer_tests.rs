@@ -40,7 +40,7 @@ fn ranges_are_cut_out_of_the_pieces() {
         (GuestAddress(0x1_1000), 200),
         (GuestAddress(0x10_0000), 50),
     ];
-    buffers.guests.set(Tag(1), memory(), &pieces, 1).unwrap();
+    buffers.guests.set(Tag(1), &memory(), &pieces, 1).unwrap();
     assert_eq!(lens(&buffers, guest(1, 0, 350)), Some(vec![100, 200, 50]));
     assert_eq!(lens(&buffers, guest(1, 99, 202)), Some(vec![1, 200, 1]));
     assert_eq!(lens(&buffers, guest(1, 100, 200)), Some(vec![200]));
@@ -54,7 +54,7 @@ fn ranges_are_cut_out_of_the_pieces() {
 #[test]
 fn ranges_outside_the_data_are_refused() {
     let mut buffers = buffers();
-    buffers.guests.set(Tag(0), memory(), &[(GuestAddress(0x1_0000), 512)], 1).unwrap();
+    buffers.guests.set(Tag(0), &memory(), &[(GuestAddress(0x1_0000), 512)], 1).unwrap();
     for buf in [
         guest(0, 0, 513),
         guest(0, 512, 1),
@@ -88,9 +88,9 @@ fn pieces_outside_memory_are_refused_and_leave_the_tag_unset() {
         (u64::MAX, u32::MAX),
         (0x1_0000, u32::MAX),
     ] {
-        buffers.guests.set(Tag(0), memory(), &[(GuestAddress(0x1_0000), 512)], 1).unwrap();
+        buffers.guests.set(Tag(0), &memory(), &[(GuestAddress(0x1_0000), 512)], 1).unwrap();
         let pieces = [(GuestAddress(0x1_0000), 16), (GuestAddress(addr), len)];
-        let result = buffers.guests.set(Tag(0), memory(), &pieces, 1);
+        let result = buffers.guests.set(Tag(0), &memory(), &pieces, 1);
         assert_eq!(result, Err(BadAddress::Outside { addr, len }));
         assert_eq!(lens(&buffers, guest(0, 0, 1)), None);
     }
@@ -99,7 +99,7 @@ fn pieces_outside_memory_are_refused_and_leave_the_tag_unset() {
 #[test]
 fn a_piece_may_cross_regions() {
     let mut buffers = buffers();
-    buffers.guests.set(Tag(0), memory(), &[(GuestAddress(0x1_3f00), 0x200)], 1).unwrap();
+    buffers.guests.set(Tag(0), &memory(), &[(GuestAddress(0x1_3f00), 0x200)], 1).unwrap();
     let spans: Vec<_> = buffers.spans(guest(0, 0, 0x200)).unwrap().collect();
     assert_eq!(spans.iter().map(|span| span.len).sum::<usize>(), 0x200);
 }
@@ -109,7 +109,7 @@ fn alignment_is_that_of_what_is_contiguous() {
     let mut guests = GuestBuffers::new(1);
     let mut aligned = |pieces: &[(u64, u32)]| {
         let pieces: Vec<_> = pieces.iter().map(|&(addr, len)| (GuestAddress(addr), len)).collect();
-        guests.set(Tag(0), memory(), &pieces, 512).unwrap()
+        guests.set(Tag(0), &memory(), &pieces, 512).unwrap()
     };
     assert!(aligned(&[]));
     assert!(aligned(&[(0x1_0000, 512), (0x1_1000, 1024)]));
@@ -123,8 +123,8 @@ fn the_guard_is_held_as_long_as_the_tag_is_set() {
     let memory = memory();
     let mut guests = GuestBuffers::new(2);
     let pieces = [(GuestAddress(0x1_0000), 512)];
-    guests.set(Tag(0), Arc::clone(&memory), &pieces, 1).unwrap();
-    guests.set(Tag(0), Arc::clone(&memory), &pieces, 1).unwrap();
+    guests.set(Tag(0), &memory, &pieces, 1).unwrap();
+    guests.set(Tag(0), &memory, &pieces, 1).unwrap();
     assert_eq!(Arc::strong_count(&memory), 2);
     guests.clear(Tag(0));
     assert_eq!(Arc::strong_count(&memory), 1);
@@ -133,13 +133,32 @@ fn the_guard_is_held_as_long_as_the_tag_is_set() {
 }
 
 #[test]
+fn all_tags_have_their_data_in_one_memory_at_a_time() {
+    let (before, after) = (memory(), memory());
+    let mut guests = GuestBuffers::new(2);
+    let pieces = [(GuestAddress(0x1_0000), 512)];
+    guests.set(Tag(0), &before, &pieces, 1).unwrap();
+    guests.set(Tag(1), &before, &pieces, 1).unwrap();
+    assert_eq!(guests.set(Tag(2), &after, &pieces, 1), Err(BadAddress::OtherMemory));
+    guests.clear(Tag(2));
+    // Nor is a tag kept that was to have its data elsewhere.
+    assert_eq!(guests.set(Tag(1), &after, &pieces, 1), Err(BadAddress::OtherMemory));
+    assert_eq!(Arc::strong_count(&before), 2);
+    guests.clear(Tag(1));
+    guests.clear(Tag(0));
+    assert_eq!(Arc::strong_count(&before), 1);
+    guests.set(Tag(1), &after, &pieces, 1).unwrap();
+    assert_eq!(Arc::strong_count(&after), 2);
+}
+
+#[test]
 fn data_in_flight_are_not_let_go() {
     let memory = memory();
     let mut guests = GuestBuffers::new(1);
     let pieces = [(GuestAddress(0x1_0000), 512)];
-    guests.set(Tag(0), Arc::clone(&memory), &pieces, 1).unwrap();
+    guests.set(Tag(0), &memory, &pieces, 1).unwrap();
     guests.pin(Tag(0));
-    let again = guests.set(Tag(0), Arc::clone(&memory), &pieces, 1);
+    let again = guests.set(Tag(0), &memory, &pieces, 1);
     assert_eq!(again, Err(BadAddress::InFlight { tag: 0 }));
     let cleared = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| guests.clear(Tag(0))));
     assert_eq!(cleared.is_err(), cfg!(debug_assertions));
@@ -151,10 +170,10 @@ fn data_in_flight_are_not_let_go() {
 
 #[test]
 fn the_table_grows_to_a_limit() {
-    let mut guests = GuestBuffers::new(1);
-    assert_eq!(guests.set(Tag(1000), memory(), &[], 1), Ok(true));
+    let (mut guests, memory) = (GuestBuffers::new(1), memory());
+    assert_eq!(guests.set(Tag(1000), &memory, &[], 1), Ok(true));
     for tag in [1 << 17, u32::MAX] {
-        let refused = guests.set(Tag(tag), memory(), &[], 1);
+        let refused = guests.set(Tag(tag), &memory, &[], 1);
         assert_eq!(refused, Err(BadAddress::NoSuchTag { tag }));
     }
 }
@@ -167,8 +186,8 @@ fn zero_and_copy_touch_exactly_their_range() {
     memory.write_slice(&bytes, GuestAddress(0x1_0000)).unwrap();
     let from = [(GuestAddress(0x1_0003), 700), (GuestAddress(0x1_0800), 1300)];
     let to = [(GuestAddress(0x10_0001), 999), (GuestAddress(0x10_1000), 1001)];
-    buffers.guests.set(Tag(0), Arc::clone(&memory), &from, 1).unwrap();
-    buffers.guests.set(Tag(1), Arc::clone(&memory), &to, 1).unwrap();
+    buffers.guests.set(Tag(0), &memory, &from, 1).unwrap();
+    buffers.guests.set(Tag(1), &memory, &to, 1).unwrap();
 
     assert_eq!(buffers.copy(guest(0, 0, 2000), guest(1, 0, 1999)), None);
     assert_eq!(buffers.copy(guest(0, 0, 2000), bounce(2, 5, 2000)), Some(()));
@@ -193,7 +212,7 @@ fn overlapping_buffers_do_no_harm() {
     let mut buffers = buffers();
     let memory = memory();
     memory.write_slice(&[1, 2, 3, 4], GuestAddress(0x1_0000)).unwrap();
-    buffers.guests.set(Tag(0), Arc::clone(&memory), &[(GuestAddress(0x1_0000), 4)], 1).unwrap();
+    buffers.guests.set(Tag(0), &memory, &[(GuestAddress(0x1_0000), 4)], 1).unwrap();
     assert_eq!(buffers.copy(guest(0, 0, 3), guest(0, 1, 3)), Some(()));
     let mut got = [0; 4];
     memory.read_slice(&mut got, GuestAddress(0x1_0000)).unwrap();

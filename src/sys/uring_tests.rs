@@ -88,7 +88,7 @@ fn bounce(slot: u32, at: u32, len: u32) -> Buf {
 
 fn set(ring: &mut Ring, tag: u32, memory: &Arc<Memory>, pieces: &[(u64, u32)]) {
     let pieces: Vec<_> = pieces.iter().map(|&(at, len)| (GuestAddress(RAM + at), len)).collect();
-    ring.guests().set(Tag(tag), Arc::clone(memory), &pieces, GEOMETRY.mem_align).unwrap();
+    ring.guests().set(Tag(tag), memory, &pieces, GEOMETRY.mem_align).unwrap();
 }
 
 /// Waits and reaps until nothing is in flight.

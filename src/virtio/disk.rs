@@ -79,7 +79,7 @@ impl Disk for RingDisk {
     }
 
     fn attach(&mut self, tag: Tag, memory: &Arc<Memory>, pieces: &[Piece]) -> Option<bool> {
-        self.ring.guests().set(tag, Arc::clone(memory), pieces, self.mem_align).ok()
+        self.ring.guests().set(tag, memory, pieces, self.mem_align).ok()
     }
 
     fn adopt(&mut self, memory: &Arc<Memory>) {

@@ -10,6 +10,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
@@ -345,7 +346,7 @@ impl<D: Disk> Worker<D> {
     /// `written` is told whatever the status is, as QEMU does: drivers that bounce copy that many
     /// bytes, and must get the status.
     fn answer(&mut self, place: usize, head: u16, at: GuestAddress, status: Status, written: u32) {
-        let reached = self.memory.write_obj(status.byte(), at).is_ok();
+        let reached = self.memory.store(status.byte(), at, Ordering::Relaxed).is_ok();
         if let Some(queue) = self.queues.get_mut(place) {
             queue.done(head, if reached { written } else { 0 });
         }

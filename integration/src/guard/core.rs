@@ -218,8 +218,7 @@ impl Core {
             Kind::Read(_) => self.chain.writable_data(),
             _ => self.chain.readable_data(),
         };
-        let memory = Arc::clone(&self.memory);
-        let set = self.buffers.set(tag, memory, data, 512);
+        let set = self.buffers.set(tag, &self.memory, data, 512);
         let mem_aligned = set.map_err(io::Error::other)?;
         self.worker.accept(&mut self.disk, tag, Request { kind, mem_aligned });
         Ok(())

@@ -5,19 +5,18 @@ use super::Worker;
 use super::pending::Phase;
 use crate::engine::io::{Io, Tag};
 use crate::engine::ops::{self, Running};
-use crate::engine::plan::{self, Access, Route};
+use crate::engine::plan::{Access, Piece, Route};
 use crate::engine::units::FileRange;
 
 impl Worker {
-    /// Starts the next piece; `false` if the request has to wait.
+    /// Starts a piece; `false` if the request has to wait.
     pub(super) fn start_piece(
         &mut self,
         io: &mut impl Io,
         tag: Tag,
         access: Access,
-        rest: FileRange,
+        piece: Piece,
     ) -> bool {
-        let piece = plan::next_piece(&self.view, &self.geometry, access, rest, &mut self.hint);
         let raw = matches!(piece.route, Route::Device(_));
         let crowded = raw
             && self.raw_bytes > 0
