@@ -64,6 +64,10 @@ pub(super) struct Machine {
     pub(super) stolen_ns: f64,
     /// Kernel workers (`kworker/…`), among them those of the loop devices. Whose work they did cannot be told.
     pub(super) kworkers_ns: f64,
+    /// The threads that handle interrupts when there are many (`ksoftirqd/…`).
+    pub(super) ksoftirqd_ns: f64,
+    /// In such interrupts, in those threads or elsewhere.
+    pub(super) softirq_ns: f64,
     /// This process: the client.
     pub(super) client_ns: f64,
 }
@@ -72,7 +76,8 @@ impl Machine {
     /// Now.
     pub(super) fn now() -> io::Result<Machine> {
         let client_ns = cpu_ns(std::process::id())? as f64;
-        Ok(Machine { client_ns, kworkers_ns: kworkers_ns()? as f64, ..cpus() })
+        let [kworkers_ns, ksoftirqd_ns] = threads_ns(["kworker/", "ksoftirqd/"])?;
+        Ok(Machine { client_ns, kworkers_ns, ksoftirqd_ns, ..cpus() })
     }
 
     /// What was done since `before`.
@@ -83,14 +88,18 @@ impl Machine {
             stolen_ns: self.stolen_ns - before.stolen_ns,
             // Workers come and go, and those that went took their time with them.
             kworkers_ns: (self.kworkers_ns - before.kworkers_ns).max(0.0),
+            ksoftirqd_ns: self.ksoftirqd_ns - before.ksoftirqd_ns,
+            softirq_ns: self.softirq_ns - before.softirq_ns,
             client_ns: self.client_ns - before.client_ns,
         }
     }
 
     /// The percentage of the machine's time that neither the client, nor a server that used `server_ns`, nor kernel workers
-    /// account for: other processes.
+    /// account for, nor threads around their interrupts: other processes.
     pub(super) fn others_percent(self, server_ns: f64) -> f64 {
-        let ours = self.client_ns + self.kworkers_ns + server_ns;
+        // Being woken and put to sleep they are not yet, or no longer, in an interrupt: that counts as busy.
+        let around_interrupts = (self.ksoftirqd_ns - self.softirq_ns).max(0.0);
+        let ours = self.client_ns + self.kworkers_ns + around_interrupts + server_ns;
         percent((self.busy_ns - ours).max(0.0), self.all_ns)
     }
 
@@ -112,18 +121,28 @@ fn cpus() -> Machine {
         line.split_whitespace().skip(1).take(8).filter_map(|t| t.parse().ok()).collect();
     let at = |index: usize| ticks.get(index).copied().unwrap_or(0.0) * TICK_NS;
     let all: f64 = ticks.iter().sum::<f64>() * TICK_NS;
-    Machine { busy_ns: at(0) + at(1) + at(2), all_ns: all, stolen_ns: at(7), ..Machine::default() }
+    Machine {
+        busy_ns: at(0) + at(1) + at(2),
+        all_ns: all,
+        softirq_ns: at(6),
+        stolen_ns: at(7),
+        ..Machine::default()
+    }
 }
 
-fn kworkers_ns() -> io::Result<u64> {
-    let mut total = 0;
+/// The CPU time of all kernel threads whose names begin so.
+fn threads_ns<const N: usize>(names: [&str; N]) -> io::Result<[f64; N]> {
+    let mut total = [0.0; N];
     for process in read_dir("/proc")?.flatten() {
-        let path = process.path();
-        let is_worker =
-            || read_to_string(path.join("comm")).is_ok_and(|c| c.starts_with("kworker/"));
-        let number = process.file_name().to_str().is_some_and(|n| n.parse::<u32>().is_ok());
-        if number && is_worker() {
-            total += on_cpu_ns(&read_to_string(path.join("schedstat")).unwrap_or_default());
+        if process.file_name().to_str().is_none_or(|n| n.parse::<u32>().is_err()) {
+            continue;
+        }
+        let read = |file| read_to_string(process.path().join(file)).unwrap_or_default();
+        let comm = read("comm");
+        for (name, total) in names.iter().zip(&mut total) {
+            if comm.starts_with(name) {
+                *total += on_cpu_ns(&read("schedstat")) as f64;
+            }
         }
     }
     Ok(total)
@@ -208,13 +227,19 @@ mod tests {
             all_ns: 2000.0,
             stolen_ns: 20.0,
             kworkers_ns: 200.0,
+            ksoftirqd_ns: 250.0,
+            softirq_ns: 150.0,
             client_ns: 300.0,
         };
         let used = after.since(before);
-        assert_eq!(used.others_percent(300.0), 10.0);
+        assert_eq!(used.others_percent(200.0), 10.0);
         assert_eq!(used.others_percent(900.0), 0.0);
+        // Interrupts on top of other threads are nobody's.
+        let elsewhere = Machine { softirq_ns: 400.0, ..used };
+        assert_eq!(elsewhere.others_percent(300.0), 10.0);
         assert_eq!(used.stolen_percent(), 1.0);
         let now = Machine::now().unwrap();
         assert!(now.all_ns >= now.busy_ns && now.busy_ns > 0.0);
+        assert!(now.kworkers_ns > 0.0 && now.ksoftirqd_ns > 0.0);
     }
 }
