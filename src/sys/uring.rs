@@ -96,6 +96,8 @@ pub struct Ring {
     uneasy: bool,
     /// The kernel can be told that a thread that waits here need not be waiting for a disk.
     no_iowait: bool,
+    /// The kernel can sleep for several completions, and for one if that takes long.
+    gathers: bool,
     image: OwnedFd,
     device: bool,
     /// The kind of lease that `ConfirmLease` wants to see.
@@ -154,6 +156,7 @@ impl Ring {
         let (uring, task_run) = setup::ring(geometry.ops, files, ways)?;
         tracing::debug!(?task_run, "io_uring made");
         let no_iowait = uring.params().is_feature_no_iowait();
+        let gathers = uring.params().is_feature_min_timeout();
         let writable = fcntl_getfl(image)?.intersection(OFlags::RWMODE) != OFlags::RDONLY;
         let kind = if writable { libc::F_WRLCK } else { libc::F_RDLCK };
         let buffers = Buffers {
@@ -178,6 +181,7 @@ impl Ring {
             polls: 0,
             uneasy: false,
             no_iowait,
+            gathers,
             // A duplicate, not a second open: the same description (R1), whoever closes the other.
             image: image.try_clone_to_owned()?,
             device: device.is_some(),

@@ -400,6 +400,50 @@ fn watched_descriptors_end_the_sleep() {
     poster.join().unwrap();
 }
 
+/// Many reads in flight, of a pipe: two completions are slept for then, but a doorbell alone ends the sleep, and so does one
+/// of them. If it does not, this hangs.
+#[test]
+fn with_many_in_flight_one_completion_is_enough_after_a_while() {
+    let memory = ram();
+    let (reader, mut writer) = io::pipe().unwrap();
+    let mut ring = Ring::new(reader.as_fd(), None, &GEOMETRY, false, 1).unwrap();
+    let bell = event();
+    ring.watch(0, Some(bell.as_raw_fd()), Hear::Each).unwrap();
+    let read = |ring: &mut Ring, id: u32| {
+        set(ring, id, &memory, &[(4096 * u64::from(id), 4096)]);
+        let op = Op::Read(Target::Image(0), guest(id, 0, 4096));
+        assert_eq!(ring.submit(OpId(id), op), Poll::Pending);
+        ring.enter().unwrap();
+    };
+    (0..62).for_each(|id| read(&mut ring, id));
+    assert_eq!(ring.gathered(), 1);
+    (62..64).for_each(|id| read(&mut ring, id));
+    assert_eq!(ring.gathered(), if ring.gathers { 2 } else { 1 });
+
+    for _ in 0..3 {
+        signal(&bell);
+        while !ring.heard_at(0) {
+            ring.wait().unwrap();
+            assert_eq!(ring.reap(), None);
+        }
+    }
+    writer.write_all(&[7; 10]).unwrap();
+    let done = loop {
+        ring.wait().unwrap();
+        if let Some(done) = ring.reap() {
+            break done;
+        }
+    };
+    assert_eq!(done.result, 10);
+    writer.write_all(&[7; 63]).unwrap();
+    drop(writer);
+    finish(&mut ring);
+    (64..128).for_each(|id| read(&mut ring, id));
+    ring.gathers = false;
+    assert_eq!(ring.gathered(), 1);
+    finish(&mut ring);
+}
+
 #[test]
 fn a_watched_descriptor_is_heard_at_each_signal_and_never_read() {
     let image = Image::new();

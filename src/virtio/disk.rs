@@ -70,6 +70,10 @@ impl Disk for RingDisk {
         self.ring.wait()
     }
 
+    fn nap(&mut self) -> io::Result<()> {
+        self.ring.nap()
+    }
+
     fn has_completions(&mut self) -> bool {
         self.ring.has_completions()
     }

@@ -35,6 +35,9 @@ pub(crate) const BATCH: u16 = 8;
 /// Requests of a queue that must still be in flight for a signal to be put off.
 const BUSY: u32 = 16;
 
+/// The same for one that is put off even while the worker sleeps, briefly.
+const DEEP: u32 = 64;
+
 /// Rounds of its worker that a signal is put off for, at most.
 const PUT_OFF: u8 = 4;
 
@@ -95,6 +98,8 @@ pub(crate) struct Queue {
     untold: Option<u16>,
     /// Rounds that this has been put off for.
     put_off: u8,
+    /// Something was published since [`outlasts_nap`](Self::outlasts_nap) was asked.
+    fresh: bool,
     /// The last [`take`](Self::take) left chains that could have been taken.
     more: bool,
     /// Finished and not yet published: head index and bytes written.
@@ -216,6 +221,7 @@ impl Queue {
         self.used.clear();
         self.in_flight = self.in_flight.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
         self.untold.get_or_insert(old?);
+        self.fresh = true;
         Ok(())
     }
 
@@ -246,6 +252,12 @@ impl Queue {
             self.signal();
         }
         Ok(())
+    }
+
+    /// Whether a signal that is put off may stay so while the worker sleeps, if that is brief: once, and with plenty in
+    /// flight. What completes next then comes with it, or the guest is told when the nap is over.
+    pub(crate) fn outlasts_nap(&mut self) -> bool {
+        std::mem::take(&mut self.fresh) && self.untold.is_some() && self.in_flight >= DEEP
     }
 
     /// Signals the guest, if it gave us a way to.

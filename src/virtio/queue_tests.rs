@@ -157,6 +157,23 @@ fn a_signal_is_put_off_while_the_disk_is_busy_but_not_for_long() {
 }
 
 #[test]
+fn a_signal_that_is_put_off_outlasts_one_nap() {
+    let mut rig = with_call(rig(false));
+    rig.queue.in_flight = 200;
+    assert!(!rig.queue.outlasts_nap(), "nothing is put off");
+    assert_eq!(rig.round(2), 0);
+    assert!(rig.queue.outlasts_nap());
+    assert!(!rig.queue.outlasts_nap(), "nothing more was done meanwhile");
+    assert_eq!(rig.round(2), 0);
+    assert!(rig.queue.outlasts_nap());
+    assert_eq!(rig.publish(&[0]), 1);
+    assert!(!rig.queue.outlasts_nap(), "it was told");
+    rig.queue.in_flight = 65;
+    assert_eq!(rig.round(2), 0);
+    assert!(!rig.queue.outlasts_nap(), "63 are left");
+}
+
+#[test]
 fn a_batch_that_leaves_chains_is_followed_by_another_before_the_guest_is_signalled() {
     let mut rig = with_call(rig(false));
     rig.vring.set_queue_size(64);

@@ -205,6 +205,32 @@ fn the_guest_hears_of_two_requests_while_others_hang() {
     assert_eq!((0..16).filter_map(|_| guest.used(0)).count(), 16);
 }
 
+/// With so many in flight that the worker sleeps with a signal put off, it goes out after a nap.
+#[test]
+fn the_guest_hears_of_two_requests_while_very_many_hang() {
+    let (server, mut pipe) = Server::of_pipe(1, 1);
+    let mut guest = Guest::new(server.connect(), 1, 0);
+    guest.start();
+    for request in 0..80 {
+        guest.read(0, request, 0, 512);
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    while guest.queues[0].call.read().is_ok() {}
+    for _ in 0..3 {
+        pipe.write_all(&[5; 2 * 512]).unwrap();
+        for _ in 0..2 {
+            while guest.used(0).is_none() {
+                assert!(wait_for(&guest.queues[0].call, Instant::now() + PATIENCE), "no call");
+            }
+        }
+        // It may have been told of each, or of both at once: of the last one in any case.
+        while guest.queues[0].call.read().is_ok() {}
+    }
+    pipe.write_all(&[5; 74 * 512]).unwrap();
+    assert_eq!(guest.front.get_vring_base(0).unwrap(), 80);
+    assert_eq!((0..74).filter_map(|_| guest.used(0)).count(), 74);
+}
+
 #[test]
 fn get_vring_base_waits_for_what_is_in_flight_and_signals_first() {
     let (server, pipe) = Server::of_pipe(2, 1);

@@ -17,14 +17,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::Memory;
 
 /// Descriptors of each ring.
-pub(crate) const QUEUE_SIZE: u16 = 64;
+pub(crate) const QUEUE_SIZE: u16 = 256;
 /// How long anything may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Where things are in guest memory.
-const MEMORY: u64 = 4 << 20;
+const MEMORY: u64 = 8 << 20;
 const USER: u64 = 0x10_0000_0000;
-const RINGS: u64 = 0x28_0000;
+const RINGS: u64 = 0x70_0000;
 const HEADERS: u64 = 0x8_0000;
 const STATUS: u64 = 0x9_0000;
 const DATA: u64 = 0x10_0000;
@@ -50,7 +50,7 @@ pub(crate) struct GuestQueue {
     used: u16,
 }
 
-/// A guest with its frontend. Requests are numbered by their place in guest memory, below 21.
+/// A guest with its frontend. Requests are numbered by their place in guest memory, below 85.
 pub(crate) struct Guest {
     pub(crate) front: Frontend,
     pub(crate) memory: Memory,
@@ -192,7 +192,7 @@ impl Guest {
     }
 
     /// Makes a request of `len` bytes available, without a kick. Its head is three times its
-    /// number, so there are 21 of them.
+    /// number, so there are 85 of them.
     pub(crate) fn request(&mut self, queue: usize, request: u16, kind: u32, at: u64, len: u32) {
         let head = self.prepare(queue, request, kind, at, len);
         self.offer(queue, head);

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vhost_user_backend::VringEpollHandler;
 use vm_memory::{Bytes, GuestAddress};
@@ -35,6 +35,8 @@ use crate::sys::uring::Hear;
 
 #[path = "worker_orders.rs"]
 mod orders;
+#[path = "worker_rest.rs"]
+mod rest;
 #[path = "worker_take.rs"]
 mod take;
 
@@ -52,6 +54,8 @@ pub(crate) trait Disk: Io {
     fn enter(&mut self) -> io::Result<()>;
     /// Hands what is queued to the kernel and sleeps until there is something to do.
     fn wait(&mut self) -> io::Result<()>;
+    /// The same, but briefly.
+    fn nap(&mut self) -> io::Result<()>;
     /// Whether something has completed. No system call as a rule.
     fn has_completions(&mut self) -> bool;
     /// Operations not yet reaped.
@@ -243,44 +247,6 @@ impl<D: Disk> Worker<D> {
         result.is_ok()
     }
 
-    /// Looks for something to do for as long as that pays. True if there is something.
-    fn look(&mut self, vrings: &[Vring]) -> bool {
-        let time = self.spin.look();
-        if time.is_zero() || self.holds_everything() {
-            return false;
-        }
-        self.enter();
-        if self.disk.as_mut().is_some_and(Disk::has_completions) {
-            return true;
-        }
-        self.notify_all(vrings, true);
-        let begun = Instant::now();
-        loop {
-            let completed = self.disk.as_mut().is_some_and(Disk::has_completions);
-            let offered = |(queue, vring): (&Queue, &Vring)| queue.has_more(vring, &self.memory);
-            if completed || self.mailbox.rung() || self.queues.iter().zip(vrings).any(offered) {
-                return true;
-            }
-            if begun.elapsed() >= time {
-                return false;
-            }
-            std::hint::spin_loop();
-        }
-    }
-
-    /// Gives the kernel what is queued.
-    fn enter(&mut self) {
-        self.call(Disk::enter);
-    }
-
-    /// The same, and waits for whatever happens next.
-    fn sleep(&mut self, vrings: &[Vring]) {
-        if !self.disk.as_mut().is_some_and(Disk::has_completions) {
-            self.notify_all(vrings, true);
-        }
-        self.call(Disk::wait);
-    }
-
     /// Signals the guest for what was published, or puts that off unless it has to be `now`.
     fn notify_all(&mut self, vrings: &[Vring], now: bool) {
         self.for_each(vrings, |queue, vring, memory| queue.notify(vring, memory, now));
@@ -350,19 +316,6 @@ impl<D: Disk> Worker<D> {
         if let Some(queue) = self.queues.get_mut(place) {
             queue.done(head, if reached { written } else { 0 });
         }
-    }
-
-    /// Asks every queue for a kick at its next chain; true if one is there already.
-    fn arm(&mut self, vrings: &[Vring]) -> bool {
-        if self.holds_everything() {
-            return false;
-        }
-        let mut more = false;
-        self.for_each(vrings, |queue, vring, memory| {
-            more |= queue.is_open() && queue.arm(vring, memory)?;
-            Ok(())
-        });
-        more
     }
 
     /// Watches another doorbell. What the old one was rung for is looked for in the ring anyway; it is read

@@ -16,6 +16,14 @@ const ENTER_TRIES: u32 = 8;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a thread sleeps that the kernel could not take everything from.
 pub(super) const BREATH: Duration = Duration::from_millis(2);
+/// With so many operations in flight, a thread sleeps until a thirty-second part of them has completed: to be woken costs
+/// the CPU that completes them more than one of them does, and the disk has plenty to do meanwhile.
+const MANY: usize = 64;
+const GATHER: usize = 32;
+/// Whatever has happened, a doorbell among it, it sleeps no longer than so many microseconds for more. That is as long as a nap.
+const GATHER_US: u32 = 100;
+/// A sleep that nothing but what it waits for is to end. The kernel wants to be told one with a shortest sleep.
+const FOREVER: Duration = Duration::from_secs(3600);
 
 impl Ring {
     /// Whether [`reap`](crate::engine::Io::reap) would find something. No system call, unless the kernel says that it
@@ -47,12 +55,26 @@ impl Ring {
     }
 
     /// Hands what is queued to the kernel and sleeps until there is something to
-    /// [`reap`](crate::engine::Io::reap), or a watched descriptor is signalled. It may return sooner.
+    /// [`reap`](crate::engine::Io::reap), or a watched descriptor is signalled. It may return sooner; with many operations in
+    /// flight also 100 µs later, if there is only one thing to return for.
     ///
     /// # Errors
     ///
     /// As for [`enter`](Self::enter). Such a ring only dozes.
     pub fn wait(&mut self) -> io::Result<()> {
+        self.sleep(None)
+    }
+
+    /// The same, but for at most 100 µs.
+    ///
+    /// # Errors
+    ///
+    /// As for [`enter`](Self::enter).
+    pub fn nap(&mut self) -> io::Result<()> {
+        self.sleep(Some(Duration::from_micros(GATHER_US.into())))
+    }
+
+    fn sleep(&mut self, limit: Option<Duration>) -> io::Result<()> {
         self.arm_watches();
         self.release_raw();
         if !self.failed.is_empty() || !self.uring.0.completion().is_empty() {
@@ -65,14 +87,24 @@ impl Ring {
             }
             return self.tell();
         }
-        let rest = self.uneasy.then_some(BREATH);
-        match self.call(self.queued.len(), 1, rest) {
+        let limit = limit.or(self.uneasy.then_some(BREATH));
+        let (wanted, limit) = match self.gathered() {
+            1 => (1, limit),
+            many => (many, limit.or(Some(FOREVER))),
+        };
+        match self.call(self.queued.len(), wanted, limit) {
             Ok(taken) => self.took(taken),
             Err(libc::EINTR | libc::ETIME | libc::EBUSY) => {}
             Err(libc::EAGAIN) => self.doze(),
             Err(error) => self.give_up(error),
         }
         self.tell()
+    }
+
+    /// How many completions to sleep for.
+    pub(super) fn gathered(&self) -> usize {
+        let in_flight = self.queued.len() + usize::try_from(self.submitted).unwrap_or(0);
+        if self.gathers && in_flight >= MANY { in_flight / GATHER } else { 1 }
     }
 
     fn tell(&mut self) -> io::Result<()> {
@@ -132,8 +164,8 @@ impl Ring {
         }
     }
 
-    /// One `io_uring_enter` that waits for `wanted` completions, but not beyond `timeout`: what the
-    /// kernel took, or an errno.
+    /// One `io_uring_enter` that waits for `wanted` completions, but not beyond `timeout`, and with one for no more than
+    /// [`GATHER_US`]: what the kernel took, or an errno. More than one is for kernels that know the latter, with a timeout.
     pub(super) fn call(
         &self,
         submit: usize,
@@ -148,7 +180,8 @@ impl Ring {
         flags.set(EnterFlags::NO_IOWAIT, self.no_iowait);
         let done = if let Some(timeout) = timeout {
             let timeout = Timespec::from(timeout);
-            let args = SubmitArgs::new().timespec(&timeout);
+            let least = if wanted > 1 { GATHER_US } else { 0 };
+            let args = SubmitArgs::new().timespec(&timeout).min_wait_usec(least);
             let flags = flags.union(EnterFlags::EXT_ARG).bits();
             // SAFETY: `args` is what EXT_ARG says it is and lives, like `timeout`, until the call
             // returns. What the first `submit` entries of the submission queue point to was checked
