@@ -43,6 +43,12 @@ impl Generations {
         self.point = Some(id);
     }
 
+    /// Whether there is a flush point that has not been reached.
+    #[must_use]
+    pub const fn is_awaited(&self) -> bool {
+        self.point.is_some()
+    }
+
     /// The flush point, once it is reached; says so once.
     pub fn reached(&mut self) -> Option<PointId> {
         if self.before == 0 { self.point.take() } else { None }

@@ -46,6 +46,8 @@ pub struct Worker {
     requests: Vec<Option<Pending>>,
     max_requests: usize,
     in_flight: u32,
+    /// Of these, those that wait for an answer of the keeper.
+    asking: u32,
     pub(super) ops: OpTable,
     pub(super) bounce: Vec<BounceSlot>,
     /// Of raw I/O in flight.
@@ -92,6 +94,7 @@ impl Worker {
             requests: Vec::new(),
             max_requests: usize::try_from(max_requests).unwrap_or(usize::MAX),
             in_flight: 0,
+            asking: 0,
             ops: OpTable::new(geometry.ops),
             bounce: (0..geometry.bounce_slots).rev().map(BounceSlot).collect(),
             raw_bytes: 0,
@@ -246,6 +249,13 @@ impl Worker {
         self.in_flight
     }
 
+    /// Whether what happens here comes in steps that somebody waits for each of: a request goes to and fro between here and
+    /// the keeper, a drain or a flush waits for what is in flight.
+    #[must_use]
+    pub fn is_hurried(&self) -> bool {
+        self.asking > 0 || !self.parks.is_empty() || self.generations.is_awaited()
+    }
+
     /// Write-through: writes complete only when durable (R15). What was written before becomes so
     /// at the switch.
     pub fn set_write_through(&mut self, on: bool) {
@@ -267,6 +277,7 @@ impl Worker {
 
     fn ask(&mut self, tag: Tag, message: ToKeeper) {
         if let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) {
+            self.asking += u32::from(pending.phase != Phase::Keeper);
             pending.phase = Phase::Keeper;
         }
         self.outbox.push_back(message);
@@ -280,6 +291,7 @@ impl Worker {
     fn resume(&mut self, io: &mut impl Io, tag: Tag, change: impl FnOnce(&mut Pending)) {
         let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
         change(pending);
+        self.asking -= u32::from(pending.phase == Phase::Keeper);
         pending.phase = Phase::Running;
         self.advance(io, tag);
     }

@@ -76,6 +76,36 @@ fn a_break_waits_for_raw_io_only_and_parks_the_rest_meanwhile() {
     assert_eq!(rig.read(range(1, 2))[BLOCK as usize], 8);
 }
 
+/// Who sleeps for several completions must not hold up what goes on in steps.
+#[test]
+fn it_hurries_while_the_keeper_or_a_drain_waits_for_it_and_no_longer() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.read(range(0, 1));
+    assert!(!rig.worker.is_hurried());
+    rig.world.hold = true;
+    let write = rig.write(range(1, 1), 7);
+    assert!(!rig.worker.is_hurried(), "raw I/O in flight is nobody else's business");
+    let flush = rig.start(Kind::Flush, Vec::new());
+    rig.run();
+    assert!(rig.worker.is_hurried() && !rig.done.contains_key(&flush));
+    rig.world.hold = false;
+    rig.run();
+    assert_eq!((rig.done[&write], rig.done[&flush]), (Status::Ok, Status::Ok));
+    assert!(!rig.worker.is_hurried());
+
+    rig.world.hold = true;
+    let slow = rig.write(range(1, 1), 8);
+    rig.keeper.lease_break(rig.world.clock);
+    rig.run();
+    assert!(rig.worker.is_hurried() && !rig.done.contains_key(&slow), "a break drains");
+    rig.world.hold = false;
+    rig.run();
+    assert!(!rig.worker.is_hurried());
+    rig.wait(Duration::from_millis(300));
+    rig.read(range(0, 16));
+    assert!(!rig.worker.is_hurried());
+}
+
 #[test]
 fn a_lease_lost_in_our_sleep_stops_raw_writes_before_the_first() {
     let mut rig = Rig::new(MAPPED, Start::Eligible);

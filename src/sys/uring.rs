@@ -10,6 +10,7 @@
 //! last request is done, not even when this process is killed (R1a).
 
 mod enter;
+mod gather;
 mod operation;
 mod pinned;
 mod setup;
@@ -29,6 +30,8 @@ use super::page_cache;
 use crate::engine::io::{Buf, Target};
 use crate::engine::units::FileRange;
 use crate::engine::{Completion, Geometry, Io, Op, OpId, Tag};
+pub use enter::Sleep;
+use gather::Gather;
 use operation::Way;
 use pinned::Pinned;
 use setup::TaskRun;
@@ -96,8 +99,8 @@ pub struct Ring {
     uneasy: bool,
     /// The kernel can be told that a thread that waits here need not be waiting for a disk.
     no_iowait: bool,
-    /// The kernel can sleep for several completions, and for one if that takes long.
-    gathers: bool,
+    /// Whether to sleep for several completions.
+    gather: Gather,
     image: OwnedFd,
     device: bool,
     /// The kind of lease that `ConfirmLease` wants to see.
@@ -156,7 +159,8 @@ impl Ring {
         let (uring, task_run) = setup::ring(geometry.ops, files, ways)?;
         tracing::debug!(?task_run, "io_uring made");
         let no_iowait = uring.params().is_feature_no_iowait();
-        let gathers = uring.params().is_feature_min_timeout();
+        // Other ways to come back end a sleep at once for any completion, and the first then waits for the second.
+        let gathers = uring.params().is_feature_min_timeout() && task_run == TaskRun::Deferred;
         let writable = fcntl_getfl(image)?.intersection(OFlags::RWMODE) != OFlags::RDONLY;
         let kind = if writable { libc::F_WRLCK } else { libc::F_RDLCK };
         let buffers = Buffers {
@@ -181,7 +185,7 @@ impl Ring {
             polls: 0,
             uneasy: false,
             no_iowait,
-            gathers,
+            gather: Gather::new(gathers),
             // A duplicate, not a second open: the same description (R1), whoever closes the other.
             image: image.try_clone_to_owned()?,
             device: device.is_some(),

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use super::Memory;
 use super::chain::Piece;
-use super::queue::Quiet;
+use super::quiet::Quiet;
 use super::worker::Disk;
 use crate::engine::{Completion, Io, Op, OpId, Tag};
-use crate::sys::uring::{Hear, Ring};
+use crate::sys::uring::{Hear, Ring, Sleep};
 
 /// A ring, and the alignment its image needs of guest memory.
 #[derive(Debug)]
@@ -66,12 +66,12 @@ impl Disk for RingDisk {
         self.ring.enter()
     }
 
-    fn wait(&mut self) -> io::Result<()> {
-        self.ring.wait()
+    fn wait(&mut self, sleep: Sleep) -> io::Result<()> {
+        self.ring.wait(sleep)
     }
 
-    fn nap(&mut self) -> io::Result<()> {
-        self.ring.nap()
+    fn is_deep(&self) -> bool {
+        self.ring.gathered() > 1
     }
 
     fn has_completions(&mut self) -> bool {

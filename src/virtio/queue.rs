@@ -2,13 +2,12 @@
 //! One virtqueue, as its worker sees it (virtio 1.3, 2.7).
 //!
 //! The ring's place, size and indices are in the crate's `VringState`, under its lock, because the
-//! daemon thread sets and reports them; what is here belongs to the worker alone. The lock is taken
-//! once per batch and held for a few loads and stores.
+//! daemon thread sets and reports them; what is here belongs to the worker alone. The lock is taken for each batch that is
+//! taken, published or looked for, and held for a few loads and stores.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::time::{Duration, Instant};
 
 use vhost_user_backend::{VringRwLock, VringState, VringT};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -29,8 +28,12 @@ pub(crate) type AtomicMemory = GuestMemoryAtomic<Memory>;
 pub(crate) type Vring = VringRwLock<AtomicMemory>;
 
 /// Chains taken from one queue in one go, so that the queues of a thread share it, and before the kernel is given them: a disk
-/// that has run dry is not to wait until all that a guest has offered is understood.
+/// that has run dry is not to wait until all that a guest has offered is understood. With more than four times as many offered
+/// or in flight it is a quarter of them: each time the kernel is given some it may have to wake whoever serves the disk.
 pub(crate) const BATCH: u16 = 8;
+
+/// Chains taken from one queue in one go, at most.
+const MOST: u16 = 64;
 
 /// Requests of a queue that must still be in flight for a signal to be put off.
 const BUSY: u32 = 16;
@@ -120,7 +123,7 @@ impl Queue {
         self.kick.is_some() && !self.paused && !self.broken
     }
 
-    /// Takes up to [`BATCH`] chain heads, if the ring is started and enabled. In flight are never
+    /// Takes a batch of chain heads, if the ring is started and enabled. In flight are never
     /// more than the ring has descriptors (R21).
     pub(crate) fn take(
         &mut self,
@@ -141,8 +144,9 @@ impl Queue {
             return Err(Broken::Ahead);
         }
         let room = u32::from(place.size).saturating_sub(self.in_flight);
-        let count = waiting.min(BATCH).min(u16::try_from(room).unwrap_or(u16::MAX));
-        self.more = count == BATCH && waiting > count;
+        let batch = batch(self.in_flight, waiting);
+        let count = waiting.min(batch).min(u16::try_from(room).unwrap_or(u16::MAX));
+        self.more = count == batch && waiting > count;
         if count == 0 {
             return Ok(place);
         }
@@ -254,8 +258,9 @@ impl Queue {
         Ok(())
     }
 
-    /// Whether a signal that is put off may stay so while the worker sleeps, if that is brief: once, and with plenty in
-    /// flight. What completes next then comes with it, or the guest is told when the nap is over.
+    /// Whether a signal that is put off may stay so while the worker sleeps, if that is brief: with plenty in flight, and if
+    /// something was published since the last nap. What completes next then comes with it, or the guest is told when
+    /// the nap is over. As a round ends with each, a signal is late by [`PUT_OFF`] naps at the most.
     pub(crate) fn outlasts_nap(&mut self) -> bool {
         std::mem::take(&mut self.fresh) && self.untold.is_some() && self.in_flight >= DEEP
     }
@@ -363,28 +368,15 @@ fn load(memory: &Memory, base: u64, offset: u64) -> Option<u16> {
     memory.load::<u16>(address, Ordering::Acquire).ok().map(u16::from_le)
 }
 
+/// How many chains are taken in one go.
+fn batch(in_flight: u32, waiting: u16) -> u16 {
+    let open = in_flight.saturating_add(waiting.into());
+    u16::try_from(open / 4).unwrap_or(MOST).clamp(BATCH, MOST)
+}
+
 fn place(state: &VringState<AtomicMemory>) -> Place {
     let queue = state.get_queue();
     Place { table: GuestAddress(queue.desc_table()), size: queue.size() }
-}
-
-/// Lets a guest make us say something at most once a second.
-#[derive(Debug, Default)]
-pub(crate) struct Quiet {
-    last: Option<Instant>,
-    untold: u64,
-}
-
-impl Quiet {
-    /// It happened once more: how often since the last time this said so, if it is time again.
-    pub(crate) fn tell(&mut self) -> Option<u64> {
-        self.untold += 1;
-        if self.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
-            return None;
-        }
-        self.last = Some(Instant::now());
-        Some(std::mem::take(&mut self.untold))
-    }
 }
 
 #[cfg(test)]

@@ -157,8 +157,12 @@ fn a_signal_is_put_off_while_the_disk_is_busy_but_not_for_long() {
 }
 
 #[test]
-fn a_signal_that_is_put_off_outlasts_one_nap() {
+fn a_signal_that_is_put_off_outlasts_naps_as_long_as_they_bring_something_and_no_more_than_four() {
     let mut rig = with_call(rig(false));
+    rig.queue.in_flight = 200;
+    let nap = |rig: &mut Rig| (rig.round(1), rig.queue.outlasts_nap());
+    let naps: Vec<_> = (0..5).map(|_| nap(&mut rig)).collect();
+    assert_eq!(naps, [(0, true), (0, true), (0, true), (0, true), (1, false)]);
     rig.queue.in_flight = 200;
     assert!(!rig.queue.outlasts_nap(), "nothing is put off");
     assert_eq!(rig.round(2), 0);
@@ -171,6 +175,13 @@ fn a_signal_that_is_put_off_outlasts_one_nap() {
     rig.queue.in_flight = 65;
     assert_eq!(rig.round(2), 0);
     assert!(!rig.queue.outlasts_nap(), "63 are left");
+}
+
+#[test]
+fn a_batch_is_a_quarter_of_what_the_guest_has_open_within_bounds() {
+    let of = |in_flight, waiting| batch(in_flight, waiting);
+    assert_eq!([of(0, 1), of(0, 32), of(28, 4), of(64, 32), of(100, 28)], [8, 8, 8, 24, 32]);
+    assert_eq!([of(0, u16::MAX), of(u32::MAX, u16::MAX)], [64, 64]);
 }
 
 #[test]

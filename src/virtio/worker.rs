@@ -23,7 +23,8 @@ use super::backend::Backend;
 use super::chain::{Chain, Piece};
 use super::mailbox::Mailbox;
 use super::notify::Notifier;
-use super::queue::{Broken, Queue, Quiet, Vring};
+use super::queue::{Broken, Queue, Vring};
+use super::quiet::Quiet;
 use super::requests::Requests;
 use super::spin::{Polling, Spin};
 use crate::engine;
@@ -31,7 +32,7 @@ use crate::engine::message::{ToWorker, WorkerId};
 use crate::engine::request::{Kind, Status};
 use crate::engine::{Io, Tag};
 use crate::inbox::Event;
-use crate::sys::uring::Hear;
+use crate::sys::uring::{Hear, Sleep};
 
 #[path = "worker_orders.rs"]
 mod orders;
@@ -53,9 +54,9 @@ pub(crate) trait Disk: Io {
     /// Hands what is queued to the kernel, without waiting.
     fn enter(&mut self) -> io::Result<()>;
     /// Hands what is queued to the kernel and sleeps until there is something to do.
-    fn wait(&mut self) -> io::Result<()>;
-    /// The same, but briefly.
-    fn nap(&mut self) -> io::Result<()>;
+    fn wait(&mut self, sleep: Sleep) -> io::Result<()>;
+    /// Whether several completions are likely to come soon: so many operations are in flight, and such sleeps have paid off.
+    fn is_deep(&self) -> bool;
     /// Whether something has completed. No system call as a rule.
     fn has_completions(&mut self) -> bool;
     /// Operations not yet reaped.

@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use super::{Disk, Worker};
+use crate::sys::uring::Sleep;
 use crate::virtio::queue::{Queue, Vring};
 
 impl<D: Disk> Worker<D> {
@@ -37,19 +38,22 @@ impl<D: Disk> Worker<D> {
         self.call(Disk::enter);
     }
 
-    /// The same, and waits for whatever happens next; briefly, if a guest is to be told after that.
+    /// The same, and waits for whatever happens next; for several completions, if many operations are in flight and nobody
+    /// waits for this worker; briefly, if a guest is to be told after that.
     pub(super) fn sleep(&mut self, vrings: &[Vring]) {
-        let mut brief = false;
+        let hurried = self.engine.is_hurried() || !self.orders.is_empty();
+        let deep = !hurried && self.disk.as_ref().is_some_and(Disk::is_deep);
+        let mut sleep = if hurried { Sleep::Any } else { Sleep::Several };
         if !self.disk.as_mut().is_some_and(Disk::has_completions) {
             self.for_each(vrings, |queue, vring, memory| {
-                if queue.outlasts_nap() {
-                    brief = true;
+                if deep && queue.outlasts_nap() {
+                    sleep = Sleep::Nap;
                     return Ok(());
                 }
                 queue.notify(vring, memory, true)
             });
         }
-        self.call(if brief { Disk::nap } else { Disk::wait });
+        self.call(|disk| disk.wait(sleep));
     }
 
     /// Asks every queue for a kick at its next chain; true if one is there already.

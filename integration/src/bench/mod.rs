@@ -11,7 +11,7 @@
 //! | `workload`, `load` | which requests, and the loop that keeps them in flight |
 //! | `guest`, `native` | where they go: a virtqueue, or an io_uring of the client's own |
 //! | `measure`, `usage` | one run, and what it cost the server |
-//! | `workers` | the client's CPU, kept free of the kernel's own work |
+//! | `workers` | the kernel's own threads, held still |
 //! | `sections` | what is no workload |
 //! | `report`, `targets` | the figures, and what they must be |
 //! | `table`, `chart`, `plots`, `page` | how people see them |
@@ -51,7 +51,7 @@ use self::measure::{Outcome, Trial};
 use self::plan::{Effort, Pass, Plan, Section};
 use self::report::{Environment, Report, Row};
 use self::subject::{Device, Subject};
-use self::workers::KeptOff;
+use self::workers::HeldStill;
 use crate::rig::command::{context, run as run_tool};
 use crate::rig::program;
 
@@ -88,6 +88,9 @@ pub struct BenchArgs {
     /// How the client waits for completions [default: event, what has a target also poll]
     #[arg(long, value_enum)]
     client: Option<Wait>,
+    /// Leave the kernel's own threads where and as they are: rounds will differ more
+    #[arg(long)]
+    as_is: bool,
     /// Size of the image in MiB
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     size: u64,
@@ -139,10 +142,11 @@ impl Bench {
             cpu: cpu(),
             cpus: std::thread::available_parallelism()?.get(),
             client_cpu: measure::client_cpu()?,
-            kernel_workers_kept_off: measure::client_cpu()?.is_some(),
+            kernel_threads_held_still: !args.as_is && measure::client_cpu()?.is_some(),
             memory_bytes: usage::memory_bytes(),
             qemu_storage_daemon: peer,
             extentd: version(&extentd),
+            commit: commit(),
             against: args.against.as_deref().map(version),
             filesystem: "ext4",
             whole: plan.whole,
@@ -189,34 +193,35 @@ impl Bench {
                     pass.name(&self.plan),
                     device.name()
                 );
-                let kept_off = self.keep_off();
+                let held = self.hold_still();
                 let done = self.pass(&ground, pass);
-                drop(kept_off);
+                drop(held);
                 self.survive(&pass.workload.name(), done)?;
             }
             for section in sections {
                 eprintln!("{}", section.name());
                 // There the peer is a kernel worker, and nobody has a CPU of his own.
-                let kept_off = (section != Section::Neighbour).then(|| self.keep_off());
+                let held = (section != Section::Neighbour).then(|| self.hold_still());
                 let done = self.section(&ground, section);
-                drop(kept_off);
+                drop(held);
                 self.survive(section.name(), done)?;
             }
         }
         self.finish()
     }
 
-    /// Keeps the client's CPU free of the kernel's unbound workers, if the machine lets us.
-    fn keep_off(&mut self) -> Option<KeptOff> {
+    /// Holds the kernel's own threads still, if that is wanted and the machine lets us.
+    fn hold_still(&mut self) -> Option<HeldStill> {
         let environment = &mut self.report.environment;
-        let kept = KeptOff::cpu(environment.client_cpu?);
-        if let Err(error) = &kept
-            && environment.kernel_workers_kept_off
-        {
-            eprintln!("kernel workers cannot be kept off the client's CPU: {error}");
+        if !environment.kernel_threads_held_still {
+            return None;
         }
-        environment.kernel_workers_kept_off &= kept.is_ok();
-        kept.ok()
+        let held = HeldStill::but_for(environment.client_cpu?);
+        if let Err(error) = &held {
+            eprintln!("the kernel's threads cannot be held still: {error}");
+            environment.kernel_threads_held_still = false;
+        }
+        held.ok()
     }
 
     /// What went wrong with one part is said at the end, and is no reason to lose the others'; an interruption is.
@@ -342,6 +347,16 @@ fn write(report: &Report, verdict: &str, dir: &Path) -> io::Result<()> {
 
 fn version(program: &Path) -> String {
     run_tool(&program.to_string_lossy(), &["--version"]).unwrap_or_default().trim().to_owned()
+}
+
+/// The workspace's commit, with a `+` if it has been changed since; nothing where there is no git.
+fn commit() -> String {
+    let git =
+        |args: &[&str]| run_tool("git", &[&["-C", env!("CARGO_MANIFEST_DIR")], args].concat());
+    let head = git(&["rev-parse", "--short", "HEAD"]).unwrap_or_default().trim().to_owned();
+    let changed = git(&["status", "--porcelain", "--", ":/src", ":/integration"]);
+    let changed = changed.is_ok_and(|text| !text.is_empty());
+    if changed { head + "+" } else { head }
 }
 
 fn load_average() -> f64 {

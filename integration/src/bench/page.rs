@@ -41,7 +41,7 @@ fn environment(environment: &Environment) -> String {
     line("processor", cpus);
     line("memory", format!("{} GiB", environment.memory_bytes >> 30));
     line("kernel", environment.kernel.clone());
-    line("extentd", environment.extentd.clone());
+    line("extentd", format!("{}, commit {}", environment.extentd, environment.commit));
     if let Some(against) = &environment.against {
         line("compared with", against.clone());
     }
@@ -52,8 +52,8 @@ fn environment(environment: &Environment) -> String {
     if let Some(cpu) = environment.client_cpu {
         let _ = write!(client, " on CPU {cpu}");
     }
-    if environment.kernel_workers_kept_off {
-        client.push_str(", unbound kernel workers elsewhere");
+    if environment.kernel_threads_held_still {
+        client.push_str(", unbound kernel workers elsewhere, ksoftirqd as `SCHED_BATCH`");
     }
     line("client", client);
     let rounds = format!("{} of {} s", environment.rounds, environment.seconds);

@@ -35,14 +35,16 @@ pub(super) struct Environment {
     pub(super) cpus: usize,
     /// The CPU the client stays on; null if it is the only one.
     pub(super) client_cpu: Option<usize>,
-    /// Whether the kernel's unbound workers were kept off it.
-    pub(super) kernel_workers_kept_off: bool,
+    /// Whether the kernel's unbound workers were kept off it, and its softirq threads from preempting anybody.
+    pub(super) kernel_threads_held_still: bool,
     /// Bytes of memory.
     pub(super) memory_bytes: u64,
     /// Version of qemu-storage-daemon.
     pub(super) qemu_storage_daemon: String,
     /// Version of extentd.
     pub(super) extentd: String,
+    /// The workspace's commit, which is also extentd's unless another one was given; `+` if it has been changed since.
+    pub(super) commit: String,
     /// Version of the extentd it is compared with.
     pub(super) against: Option<String>,
     /// The filesystem of the images.

@@ -189,6 +189,7 @@ impl Worker {
         if errno != 0 {
             pending.fail();
         }
+        self.asking -= u32::from(pending.phase == Phase::Keeper);
         self.fence.ended(tag);
         self.hand_back(tag);
     }

@@ -16,14 +16,21 @@ const ENTER_TRIES: u32 = 8;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a thread sleeps that the kernel could not take everything from.
 pub(super) const BREATH: Duration = Duration::from_millis(2);
-/// With so many operations in flight, a thread sleeps until a thirty-second part of them has completed: to be woken costs
-/// the CPU that completes them more than one of them does, and the disk has plenty to do meanwhile.
-const MANY: usize = 64;
-const GATHER: usize = 32;
-/// Whatever has happened, a doorbell among it, it sleeps no longer than so many microseconds for more. That is as long as a nap.
+/// Whatever has happened, a doorbell among it, a thread sleeps no longer than so many microseconds for more. That is as long as a nap.
 const GATHER_US: u32 = 100;
-/// A sleep that nothing but what it waits for is to end. The kernel wants to be told one with a shortest sleep.
-const FOREVER: Duration = Duration::from_secs(3600);
+/// A sleep that only what it waits for is to end. With a shortest sleep the kernel wants to be told a longest one, too.
+const LONG: Duration = Duration::from_secs(1);
+
+/// How a thread sleeps in its ring.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sleep {
+    /// Until anything happens.
+    Any,
+    /// With many operations in flight, until several have completed, or 100 µs have passed and anything has happened.
+    Several,
+    /// The same, but for no longer than 100 µs.
+    Nap,
+}
 
 impl Ring {
     /// Whether [`reap`](crate::engine::Io::reap) would find something. No system call, unless the kernel says that it
@@ -55,26 +62,14 @@ impl Ring {
     }
 
     /// Hands what is queued to the kernel and sleeps until there is something to
-    /// [`reap`](crate::engine::Io::reap), or a watched descriptor is signalled. It may return sooner; with many operations in
-    /// flight also 100 µs later, if there is only one thing to return for.
+    /// [`reap`](crate::engine::Io::reap), or a watched descriptor is signalled, as `sleep` says. It may return sooner.
     ///
     /// # Errors
     ///
     /// As for [`enter`](Self::enter). Such a ring only dozes.
-    pub fn wait(&mut self) -> io::Result<()> {
-        self.sleep(None)
-    }
-
-    /// The same, but for at most 100 µs.
-    ///
-    /// # Errors
-    ///
-    /// As for [`enter`](Self::enter).
-    pub fn nap(&mut self) -> io::Result<()> {
-        self.sleep(Some(Duration::from_micros(GATHER_US.into())))
-    }
-
-    fn sleep(&mut self, limit: Option<Duration>) -> io::Result<()> {
+    pub fn wait(&mut self, sleep: Sleep) -> io::Result<()> {
+        let nap = Duration::from_micros(GATHER_US.into());
+        let limit = if sleep == Sleep::Nap { Some(nap) } else { None };
         self.arm_watches();
         self.release_raw();
         if !self.failed.is_empty() || !self.uring.0.completion().is_empty() {
@@ -82,37 +77,36 @@ impl Ring {
         }
         if self.broken.is_some() {
             // What the kernel has in flight still ends, inside a call.
-            if !matches!(self.call(0, 1, Some(BREATH)), Ok(_) | Err(libc::ETIME)) {
-                self.doze();
+            let limit = limit.unwrap_or(BREATH);
+            if !matches!(self.call(0, 1, Some(limit)), Ok(_) | Err(libc::ETIME)) {
+                std::thread::sleep(limit);
             }
             return self.tell();
         }
         let limit = limit.or(self.uneasy.then_some(BREATH));
-        let (wanted, limit) = match self.gathered() {
-            1 => (1, limit),
-            many => (many, limit.or(Some(FOREVER))),
-        };
-        match self.call(self.queued.len(), wanted, limit) {
+        let wanted = if sleep == Sleep::Any { 1 } else { self.gathered() };
+        let long = if wanted > 1 { Some(LONG) } else { None };
+        match self.call(self.queued.len(), wanted, limit.or(long)) {
             Ok(taken) => self.took(taken),
             Err(libc::EINTR | libc::ETIME | libc::EBUSY) => {}
-            Err(libc::EAGAIN) => self.doze(),
+            Err(libc::EAGAIN) => std::thread::sleep(limit.unwrap_or(BREATH)),
             Err(error) => self.give_up(error),
+        }
+        if sleep != Sleep::Any {
+            let come = self.uring.0.completion().len();
+            self.gather.slept(wanted, come);
         }
         self.tell()
     }
 
-    /// How many completions to sleep for.
-    pub(super) fn gathered(&self) -> usize {
-        let in_flight = self.queued.len() + usize::try_from(self.submitted).unwrap_or(0);
-        if self.gathers && in_flight >= MANY { in_flight / GATHER } else { 1 }
+    /// How many completions a thread that is in no hurry sleeps for.
+    #[must_use]
+    pub fn gathered(&self) -> usize {
+        self.gather.wanted(self.queued.len() + usize::try_from(self.submitted).unwrap_or(0))
     }
 
     fn tell(&mut self) -> io::Result<()> {
         self.untold.take().map_or(Ok(()), |error| Err(errno(error)))
-    }
-
-    fn doze(&self) {
-        std::thread::sleep(BREATH);
     }
 
     /// Puts the raw operations into the submission queue, just before it is handed over: this thread may have been stopped
