@@ -11,11 +11,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::units::{DeviceOffset, FileRange};
-use leaf::{Leaf, rank, storable};
+use leaf::{Leaf, place, storable};
 
-/// Extents in a full leaf: 2 KiB of memory to rewrite for a change, and to search. Tests have small ones, for trees of
+/// Extents in a full leaf: 4 KiB of memory to rewrite for a change. Tests have small ones, for trees of
 /// many branches.
-const LEAF: usize = if cfg!(test) { 4 } else { 128 };
+const LEAF: usize = if cfg!(test) { 4 } else { 256 };
 /// Leaves in a full branch: 64 pointers to copy for a change.
 const BRANCH: usize = if cfg!(test) { 3 } else { 64 };
 
@@ -85,8 +85,9 @@ pub struct Hint {
 
 #[derive(Clone, Debug)]
 struct Branch {
-    /// Start of its first extent.
+    /// Where its first extent begins, and its last one ends.
     start: u64,
+    end: u64,
     /// Never empty.
     leaves: Arc<[Leaf]>,
 }
@@ -135,9 +136,10 @@ impl ExtentMap {
                 }
             }
         }
-        let branch = rank(&self.branches, at, |branch| branch.start).checked_sub(1)?;
-        let leaves = &self.branches.get(branch)?.leaves;
-        let leaf = rank(leaves, at, |leaf| leaf.start).checked_sub(1)?;
+        let all = FileRange::new(self.branches.first()?.start, self.branches.last()?.end);
+        let branch = place(&self.branches, all, at, |branch| branch.start)?;
+        let Branch { start, end, leaves } = self.branches.get(branch)?;
+        let leaf = place(leaves, FileRange::new(*start, *end), at, |leaf| leaf.start)?;
         let found = leaves.get(leaf)?;
         let extent = found.find(at)?;
         *hint = Hint { branch, leaf, extent };
@@ -224,7 +226,8 @@ impl ExtentMap {
         let new = balanced(&merged, LEAF).filter_map(Leaf::of);
         let leaves: Vec<Leaf> = before.chain(new).chain(after).collect();
         let new = balanced(&leaves, BRANCH).filter_map(|leaves| {
-            Some(Branch { start: leaves.first()?.start, leaves: leaves.into() })
+            let (start, end) = (leaves.first()?.start, leaves.last()?.end);
+            Some(Branch { start, end, leaves: leaves.into() })
         });
         self.branches.splice(branches, new);
     }
@@ -303,7 +306,7 @@ impl ExtentMap {
 /// The extents of `leaves` outside of `range`, and inside of it the new ones; in order, neighbours merged.
 fn merge(leaves: &[Leaf], range: FileRange, extents: &[Extent]) -> Vec<Extent> {
     let left = leaves.iter().take_while(|l| l.start < range.start).flat_map(Leaf::extents);
-    let right = leaves.iter().skip_while(|l| l.end() <= range.end).flat_map(Leaf::extents);
+    let right = leaves.iter().skip_while(|l| l.end <= range.end).flat_map(Leaf::extents);
     let mut merged = Vec::with_capacity(extents.len() + 4 * LEAF);
     join(&mut merged, left, range, extents, right);
     merged

@@ -55,11 +55,50 @@ pub(super) const fn storable(extent: Extent) -> Extent {
     extent
 }
 
+/// The one of `list` that holds byte `at` of `range`, which they share among them in order.
+///
+/// Guessed from where it would be if all were equally long, a few times, as what is in between becomes smaller: of a map that is larger
+/// than the CPU's caches that reads one or two cache lines, where a search by halves reads one for each half and drives as many out.
+pub(super) fn place<T>(
+    list: &[T],
+    range: FileRange,
+    at: u64,
+    start: impl Fn(&T) -> u64,
+) -> Option<usize> {
+    /// Guesses that are worth their while: with lengths that differ wildly each may cut off little.
+    const GUESSES: usize = 4;
+    if list.is_empty() || at < range.start || range.end <= at {
+        return None;
+    }
+    let (mut low, mut high) = (0, list.len());
+    let (mut from, mut to) = (range.start, range.end);
+    for _ in 0..GUESSES {
+        let each = ((to - from) / (high - low) as u64).max(1);
+        let ahead = usize::try_from((at - from) / each).unwrap_or(usize::MAX);
+        let guess = low.saturating_add(ahead).min(high - 1);
+        let begins = start(list.get(guess)?);
+        // What is next to it lies in the same cache line, as a rule.
+        if begins > at {
+            (high, to) = (guess, begins);
+            let before = start(list.get(guess.checked_sub(1)?)?);
+            if before <= at {
+                return Some(guess - 1);
+            }
+        } else {
+            let Some(next) = list.get(guess + 1).map(&start).filter(|next| *next <= at) else {
+                return Some(guess);
+            };
+            (low, from) = (guess + 1, next);
+        }
+    }
+    Some(low + rank(list.get(low..high)?, at, start).checked_sub(1)?)
+}
+
 /// How many of `list`, which is in order of `start`, begin at byte `at` or before.
 ///
 /// In two rounds of loads that do not wait for each other. A binary search waits for each of its loads, and in a map that is
 /// larger than the CPU's caches nearly all of them come from memory.
-pub(super) fn rank<T>(list: &[T], at: u64, start: impl Fn(&T) -> u64) -> usize {
+fn rank<T>(list: &[T], at: u64, start: impl Fn(&T) -> u64) -> usize {
     let step = 1 << (list.len().checked_ilog2().unwrap_or(0) / 2);
     let steps = list.iter().step_by(step).filter(|item| start(item) <= at).count();
     let from = steps.saturating_sub(1) * step;
@@ -72,6 +111,8 @@ pub(super) fn rank<T>(list: &[T], at: u64, start: impl Fn(&T) -> u64) -> usize {
 pub(super) struct Leaf {
     /// Where its first extent begins.
     pub(super) start: u64,
+    /// Where its last extent ends.
+    pub(super) end: u64,
     /// In order. The last one is only the end of the one before.
     marks: Arc<[Mark]>,
 }
@@ -90,7 +131,7 @@ impl Leaf {
             end = extent.range.end;
         }
         marks.push(Mark { start: end, what: 0 });
-        Some(Self { start, marks: marks.into() })
+        Some(Self { start, end, marks: marks.into() })
     }
 
     /// The leaf after `extents` have become all that is known of `range`, and the extents that went for that and those that came. Only
@@ -103,7 +144,7 @@ impl Leaf {
         most: usize,
     ) -> Option<(Self, Vec<Extent>, Vec<Extent>)> {
         let low = range.start.checked_sub(1).filter(|low| *low >= self.start)?;
-        if range.end >= self.end() {
+        if range.end >= self.end {
             return None;
         }
         // What holds the byte before the range, and the one behind it, keeps its outer part: further out nothing changes.
@@ -127,23 +168,19 @@ impl Leaf {
         marks.extend_from_slice(self.marks.get(last + 1..)?);
         let count = marks.iter().filter(|mark| mark.what != 0).count();
         let fits = count <= most && (count >= most / 4 || new.len() >= old.len());
-        let leaf = Self { start: self.start, marks: marks.into() };
+        let leaf = Self { marks: marks.into(), ..*self };
         fits.then_some((leaf, old, new))
-    }
-
-    /// Where its last extent ends.
-    pub(super) fn end(&self) -> u64 {
-        self.marks.last().map_or(self.start, |mark| mark.start)
     }
 
     /// From its first byte to its last one, what is not cached between them included.
     pub(super) fn range(&self) -> FileRange {
-        FileRange::new(self.start, self.end())
+        FileRange::new(self.start, self.end)
     }
 
-    /// The number of the extent, or of the gap, that holds byte `at`.
+    /// The number of the extent, or of the gap, that holds byte `at`, if one does.
     pub(super) fn find(&self, at: u64) -> Option<usize> {
-        rank(&self.marks, at, |mark| mark.start).checked_sub(1)
+        let (_, marks) = self.marks.split_last()?;
+        place(marks, self.range(), at, |mark| mark.start)
     }
 
     /// The extent of this number, if it is not a gap.
