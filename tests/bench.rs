@@ -84,9 +84,9 @@ fn every_section_is_measured() {
     assert!(report["opening"]["ratio"].as_f64().unwrap() > 0.0);
     assert_eq!(rows(&report, "idle")[0]["subject"], "extentd-direct");
     assert_eq!(rows(&report, "page_cache")[0]["image_kib"], 0);
-    // 128 MiB in pieces of 4 KiB.
+    // 128 MiB in pieces of 4 KiB, of which some lie next to each other.
     let extents = rows(&report, "extents")[1]["extents"].as_u64().unwrap();
-    assert!((32_000..=33_000).contains(&extents), "{extents}");
+    assert!((30_000..=33_000).contains(&extents), "{extents}");
     let devices = rows(&report, "devices");
     assert!(devices[1]["devices"] == 30 && devices[1]["iops"].as_f64().unwrap() > 0.0);
     let beside = rows(&report, "neighbour");

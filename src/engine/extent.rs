@@ -5,12 +5,14 @@
 //! copy for the workers costs one pointer per few thousand extents and a change rewrites only the leaf and the
 //! branch it touches.
 
+mod branch;
 mod leaf;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::units::{DeviceOffset, FileRange};
+use branch::Branch;
 use leaf::{Leaf, place, storable};
 
 /// Extents in a full leaf: 4 KiB of memory to rewrite for a change. Tests have small ones, for trees of
@@ -18,6 +20,8 @@ use leaf::{Leaf, place, storable};
 const LEAF: usize = if cfg!(test) { 4 } else { 256 };
 /// Leaves in a full branch: 64 pointers to copy for a change.
 const BRANCH: usize = if cfg!(test) { 3 } else { 64 };
+/// With so many extents a map is larger than the cache a CPU has to itself.
+const LARGE: usize = if cfg!(test) { 8 } else { 20_000 };
 
 /// What a range of the file is, as far as raw access goes (section 4 of the design page).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -83,15 +87,6 @@ pub struct Hint {
     extent: usize,
 }
 
-#[derive(Clone, Debug)]
-struct Branch {
-    /// Where its first extent begins, and its last one ends.
-    start: u64,
-    end: u64,
-    /// Never empty.
-    leaves: Arc<[Leaf]>,
-}
-
 /// The map. Ranges it has no extent for are *not cached*.
 #[derive(Clone, Debug, Default)]
 pub struct ExtentMap {
@@ -136,14 +131,41 @@ impl ExtentMap {
                 }
             }
         }
-        let all = FileRange::new(self.branches.first()?.start, self.branches.last()?.end);
-        let branch = place(&self.branches, all, at, |branch| branch.start)?;
-        let Branch { start, end, leaves } = self.branches.get(branch)?;
-        let leaf = place(leaves, FileRange::new(*start, *end), at, |leaf| leaf.start)?;
-        let found = leaves.get(leaf)?;
+        let branch = self.branch(at)?;
+        let above = self.branches.get(branch)?;
+        let leaf = above.leaf(at)?;
+        let found = above.leaves.get(leaf)?;
         let extent = found.find(at)?;
         *hint = Hint { branch, leaf, extent };
         found.get(extent)
+    }
+
+    /// Whether [`foresee`](Self::foresee) is worth its while.
+    #[must_use]
+    pub const fn is_large(&self) -> bool {
+        self.count > LARGE
+    }
+
+    /// Brings what lookups of these bytes are going to read into the CPU's caches. In a large map each of them waits for memory
+    /// twice, once for its leaf and once for its extent; the loads of one such round here do not wait for each other.
+    pub fn foresee(&self, bytes: &[u64]) {
+        let branches =
+            bytes.iter().map(|at| (*at, self.branch(*at).and_then(|b| self.branches.get(b))));
+        let mut read = 0;
+        for (at, branch) in branches.clone() {
+            read ^= branch.map_or(0, |branch| branch.glance(at));
+        }
+        for (at, branch) in branches {
+            let leaf = branch.and_then(|branch| branch.leaves.get(branch.leaf(at)?));
+            read ^= leaf.filter(|leaf| leaf.range().has(at)).map_or(0, |leaf| leaf.glance(at));
+        }
+        std::hint::black_box(read);
+    }
+
+    /// The branch that byte `at` lies in, if any does.
+    fn branch(&self, at: u64) -> Option<usize> {
+        let all = FileRange::new(self.branches.first()?.start, self.branches.last()?.end);
+        place(&self.branches, all, at, |branch| branch.start)
     }
 
     /// The leaf that holds byte `at`, or else the one before it or the first one, and all behind it.

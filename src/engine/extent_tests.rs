@@ -45,6 +45,9 @@ fn check(map: &ExtentMap, oracle: &Oracle, blocks: u64) {
             assert_eq!(seen, expected, "block {block}, byte {inside}");
         }
     }
+    // Bytes it knows, bytes in gaps, bytes behind its end: all it may do is read.
+    let bytes: Vec<u64> = (0..=blocks).map(|block| block * BLOCK).chain([u64::MAX]).collect();
+    map.foresee(&bytes);
     let list: Vec<Extent> = map.iter().collect();
     assert_eq!(list.len(), map.len());
     let mapped = oracle.values().filter(|(state, _)| *state == State::Mapped).count() as u64;

@@ -58,6 +58,12 @@ impl FileRange {
         self.start < other.end && other.start < self.end && !self.is_empty() && !other.is_empty()
     }
 
+    /// Whether byte `at` is in it.
+    #[must_use]
+    pub const fn has(&self, at: u64) -> bool {
+        self.start <= at && at < self.end
+    }
+
     /// Whether every byte of `other` is in it.
     #[must_use]
     pub const fn contains(&self, other: &Self) -> bool {

@@ -23,7 +23,7 @@ use super::ops::OpTable;
 use super::plan::{self, Need};
 use super::request::{Kind, Request, Status};
 use super::rules::Rules;
-use super::shared::{Shared, View};
+use super::shared::{Mode, Shared, View};
 use super::units::DeviceOffset;
 use fence::Fence;
 use orders::ParkOrder;
@@ -155,6 +155,17 @@ impl Worker {
         self.in_flight += 1;
         self.enter_in_turn(io, tag, request.kind);
         self.pump(io);
+    }
+
+    /// Whether [`foresee`](Self::foresee) is worth its while.
+    #[must_use]
+    pub fn foresees(&self) -> bool {
+        self.view.mode == Mode::Direct && self.view.map.is_large()
+    }
+
+    /// Requests are going to be accepted that begin at these bytes, or at others: it only saves them waiting for memory.
+    pub fn foresee(&self, bytes: &[u64]) {
+        self.view.map.foresee(bytes);
     }
 
     /// Takes a message from the keeper.

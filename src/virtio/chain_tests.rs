@@ -103,6 +103,30 @@ fn what_is_malformed() {
     assert_eq!(parts.header, None);
 }
 
+#[test]
+fn where_a_request_begins_is_guessed() {
+    let memory = memory();
+    header(&memory, BUFFERS, 0, 77);
+    header(&memory, BUFFERS + 16, 0, u64::MAX);
+    put(&memory, INDIRECT, 0, (BUFFERS, 16, NEXT, 1));
+    put(&memory, INDIRECT, 1, (INDIRECT, 16, IS_INDIRECT, 1));
+    let heads = [
+        ((BUFFERS, 16, NEXT, 1), Some(77 * 512)),
+        ((INDIRECT, 48, IS_INDIRECT, 0), Some(77 * 512)),
+        // No such byte of a disk; a header, and a table, that are not in memory.
+        ((BUFFERS + 16, 16, NEXT, 1), None),
+        ((MEMORY - 12, 16, NEXT, 1), None),
+        ((u64::MAX, 16, NEXT, 1), None),
+        ((u64::MAX - 15, 32, IS_INDIRECT, 0), None),
+    ];
+    let table = Table::new(&memory, GuestAddress(TABLE), u32::from(SIZE));
+    for (index, (descriptor, begins)) in (0u16..).zip(heads) {
+        put(&memory, TABLE, usize::from(index), descriptor);
+        assert_eq!(table.glimpse(index), begins, "{descriptor:x?}");
+    }
+    assert_eq!(table.glimpse(SIZE), None);
+}
+
 /// Cuts `len` bytes into pieces at the given places.
 fn cut(len: u32, places: &[u32]) -> Vec<u32> {
     let mut places: Vec<u32> = places.iter().map(|place| place % (len + 1)).collect();
@@ -180,6 +204,7 @@ proptest! {
             put(&memory, INDIRECT, index, raw);
         }
         let table = Table::new(&memory, GuestAddress(TABLE), u32::from(SIZE));
+        prop_assert!(table.glimpse(head).is_none_or(|at| at.is_multiple_of(SECTOR)));
         let mut chain = Chain::default();
         if let Ok(parts) = chain.parse(&table, head) {
             let pieces = chain.readable_data().len() + chain.writable_data().len();

@@ -149,6 +149,8 @@ pub(crate) struct Worker<D> {
     spin: Spin,
     chain: Chain,
     heads: Vec<u16>,
+    /// Where on the disk the requests of a batch seem to begin.
+    ahead: Vec<u64>,
     /// The ranges of the DISCARD or WRITE_ZEROES just read.
     ranges: Vec<Kind>,
     orders: Vec<Order>,
@@ -182,6 +184,7 @@ impl<D: Disk> Worker<D> {
             spin: Spin::new(parts.polling),
             chain: Chain::default(),
             heads: Vec::new(),
+            ahead: Vec::new(),
             ranges: Vec::new(),
             orders: Vec::new(),
             quiescing: false,

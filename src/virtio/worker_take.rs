@@ -51,6 +51,7 @@ impl<D: Disk> Worker<D> {
                 self.adopt_write_through();
                 let memory = Arc::clone(&self.memory);
                 let table = Table::new(&memory, at.table, u32::from(at.size));
+                self.foresee(&table, &heads);
                 let now = disk.now();
                 for head in heads.drain(..) {
                     let arrival = Arrival { queue: place, head, now };
@@ -59,6 +60,15 @@ impl<D: Disk> Worker<D> {
             }
         }
         self.heads = heads;
+    }
+
+    /// Has the places of a batch looked for in a large map all at once.
+    fn foresee(&mut self, table: &Table<'_>, heads: &[u16]) {
+        if heads.len() > 1 && self.engine.foresees() {
+            self.ahead.clear();
+            self.ahead.extend(heads.iter().filter_map(|head| table.glimpse(*head)));
+            self.engine.foresee(&self.ahead);
+        }
     }
 
     /// Looked at after a batch was taken and before any of it is accepted: a guest that was told

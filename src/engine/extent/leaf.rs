@@ -67,15 +67,13 @@ pub(super) fn place<T>(
 ) -> Option<usize> {
     /// Guesses that are worth their while: with lengths that differ wildly each may cut off little.
     const GUESSES: usize = 4;
-    if list.is_empty() || at < range.start || range.end <= at {
+    if list.is_empty() || !range.has(at) {
         return None;
     }
     let (mut low, mut high) = (0, list.len());
     let (mut from, mut to) = (range.start, range.end);
     for _ in 0..GUESSES {
-        let each = ((to - from) / (high - low) as u64).max(1);
-        let ahead = usize::try_from((at - from) / each).unwrap_or(usize::MAX);
-        let guess = low.saturating_add(ahead).min(high - 1);
+        let guess = low + guess(high - low, FileRange::new(from, to), at);
         let begins = start(list.get(guess)?);
         // What is next to it lies in the same cache line, as a rule.
         if begins > at {
@@ -92,6 +90,13 @@ pub(super) fn place<T>(
         }
     }
     Some(low + rank(list.get(low..high)?, at, start).checked_sub(1)?)
+}
+
+/// Which of `count` (not 0) that share `range` holds byte `at` of it, if all are equally long.
+pub(super) fn guess(count: usize, range: FileRange, at: u64) -> usize {
+    let each = (range.len() / count as u64).max(1);
+    let ahead = usize::try_from((at - range.start) / each).unwrap_or(usize::MAX);
+    ahead.min(count - 1)
 }
 
 /// How many of `list`, which is in order of `start`, begin at byte `at` or before.
@@ -181,6 +186,12 @@ impl Leaf {
     pub(super) fn find(&self, at: u64) -> Option<usize> {
         let (_, marks) = self.marks.split_last()?;
         place(marks, self.range(), at, |mark| mark.start)
+    }
+
+    /// What [`find`](Self::find) reads first for byte `at`: a value of no meaning.
+    pub(super) fn glance(&self, at: u64) -> u64 {
+        let count = self.marks.len() - 1;
+        self.marks.get(guess(count, self.range(), at)).map_or(0, |mark| mark.start)
     }
 
     /// The extent of this number, if it is not a gap.

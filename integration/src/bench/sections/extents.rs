@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What it costs that an image is in pieces.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::path::Path;
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, fallocate, syncfs};
+use rustix::io::Errno;
 use serde::Serialize;
 
 use crate::bench::ground::{Ground, Image, fill};
@@ -118,8 +118,8 @@ fn measure(ground: &Ground, image: &Image, timing: Timing, wait: Wait) -> io::Re
     let stride = (image.size / ground.image().size).max(1) * BLOCK;
     let stride = u32::try_from(stride).map_err(io::Error::other)?;
     let workload = Workload { stride, ..Workload::READ_32 };
-    // Lest the map is still being asked for while it is measured.
-    let sweep = Some(1 << 20);
+    // All the places there are, lest the map is still being asked for while it is measured.
+    let sweep = Some(stride);
     ground.measure_on(&Trial {
         subject: Subject::ExtentdDirect,
         image,
@@ -139,20 +139,45 @@ fn affordable(size: u64, available: u64) -> u64 {
     size
 }
 
-/// A written image in pieces of `piece` bytes: another file takes every other piece of the disk, and is removed at the end.
+/// A written image in pieces of `piece` bytes, which lie next to each other: as on an old disk that is full. Left a piece of the disk
+/// between every two of them it would be spread over twice as much disk as the image in one, and what the disk itself is slower
+/// by then, a twentieth in memory, would be taken for the pieces' cost.
+///
+/// Another file gets every other piece until there is a little more than half of the image; a third takes all space that is
+/// left; the other is removed; and the rest of the image finds nothing but the holes it leaves.
 fn make(image: &Image, piece: u64) -> io::Result<()> {
-    let create = |path: &Path| OpenOptions::new().write(true).create_new(true).open(path);
-    let other_path = image.path.with_extension("other");
-    let (file, other) = (create(&image.path)?, create(&other_path)?);
-    for offset in (0..image.size).step_by(usize::try_from(piece).map_err(io::Error::other)?) {
-        fallocate(&file, FallocateFlags::empty(), offset, piece.min(image.size - offset))?;
-        fallocate(&other, FallocateFlags::empty(), offset, piece)?;
+    let create = |name: &str| {
+        let path = image.path.with_extension(name);
+        Ok::<_, io::Error>((OpenOptions::new().write(true).create_new(true).open(&path)?, path))
+    };
+    let file = OpenOptions::new().write(true).create_new(true).open(&image.path)?;
+    let (other, other_path) = create("other")?;
+    let (filler, filler_path) = create("filler")?;
+    let take = |file: &File, offset, len| fallocate(file, FallocateFlags::empty(), offset, len);
+    // What is more than half is for the filesystem's own blocks.
+    let in_turn = (image.size / 2 + image.size / 64).next_multiple_of(piece);
+    for offset in (0..in_turn).step_by(usize::try_from(piece).map_err(io::Error::other)?) {
+        take(&file, offset, piece)?;
+        take(&other, offset, piece)?;
         if offset.is_multiple_of(1 << 26) {
             interrupt::check()?;
         }
     }
-    drop((file, other));
+    let (mut taken, mut want) = (0, 1 << 30);
+    while want >= BLOCK {
+        match take(&filler, taken, want) {
+            Ok(()) => taken += want,
+            Err(Errno::NOSPC) => want /= 2,
+            Err(error) => return Err(error.into()),
+        }
+    }
     std::fs::remove_file(other_path)?;
+    drop(other);
+    // Its space is free when the journal says so.
+    syncfs(&file)?;
+    take(&file, in_turn, image.size - in_turn)?;
+    std::fs::remove_file(filler_path)?;
+    drop((file, filler));
     fill(&image.path, false, image.size)
 }
 
