@@ -243,6 +243,12 @@ impl GuestBuffers {
         Ok(fit)
     }
 
+    /// Whether no tag is set.
+    #[must_use]
+    pub const fn is_idle(&self) -> bool {
+        self.set == 0
+    }
+
     /// Forgets request `tag` and lets go of its memory.
     ///
     /// All its operations must have completed. If one has not, that is a bug of the caller's, and

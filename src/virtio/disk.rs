@@ -10,6 +10,7 @@ use super::chain::Piece;
 use super::quiet::Quiet;
 use super::worker::Disk;
 use crate::engine::{Completion, Io, Op, OpId, Tag};
+use crate::sys::buffer::BadAddress;
 use crate::sys::uring::{Hear, Ring, Sleep};
 
 /// A ring, and the alignment its image needs of guest memory.
@@ -20,11 +21,12 @@ pub(crate) struct RingDisk {
     /// `--pin-memory`.
     pin: bool,
     full: Quiet,
+    faults: Quiet,
 }
 
 impl RingDisk {
     pub(crate) fn new(ring: Ring, mem_align: u32, pin: bool) -> Self {
-        Self { ring, mem_align, pin, full: Quiet::default() }
+        Self { ring, mem_align, pin, full: Quiet::default(), faults: Quiet::default() }
     }
 }
 
@@ -83,10 +85,21 @@ impl Disk for RingDisk {
     }
 
     fn attach(&mut self, tag: Tag, memory: &Arc<Memory>, pieces: &[Piece]) -> Option<bool> {
-        self.ring.guests().set(tag, memory, pieces, self.mem_align).ok()
+        match self.ring.guests().set(tag, memory, pieces, self.mem_align) {
+            Ok(fit) => Some(fit),
+            // The guest's fault, which it hears of.
+            Err(BadAddress::Outside { .. }) => None,
+            Err(error) => {
+                if let Some(times) = self.faults.tell() {
+                    tracing::error!(%error, times, "requests failed: a bug of extentd's, please report it");
+                }
+                None
+            }
+        }
     }
 
     fn adopt(&mut self, memory: &Arc<Memory>) {
+        debug_assert!(self.ring.guests().is_idle(), "new memory with requests of the old one");
         if !self.pin {
             return;
         }

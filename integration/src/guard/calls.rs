@@ -17,8 +17,8 @@ const IMAGE: u64 = 32 << 20;
 const BATCHES: u64 = 1000;
 /// Requests before anything is counted.
 const WARM_UP: u64 = 256;
-/// Writes into a hole that are counted.
-const FILLED: u64 = 2048;
+/// Requests that are counted of all threads.
+const COUNTED: u64 = 2048;
 /// Nothing is looked for before a thread sleeps, and there is one thread that serves queues.
 const OPTIONS: [&str; 3] = ["--mode=direct", "--poll-us=0", "--threads=1"];
 
@@ -32,6 +32,9 @@ const TRANSFERS: [(&str, Load); 4] = [
 /// On one that is a hole, which is zeros without I/O: nothing but chains and signals is left, whatever the disk does.
 const HOLES: [(&str, Load); 1] =
     [("system calls, 4 KiB reads of a hole, depth 32", Load::new(Pattern::Read, 4096, 32))];
+/// The write and its flush together: calls of all threads.
+const FLUSHES: [(&str, Load); 1] =
+    [("system calls, 4 KiB write and flush, depth 1", Load::new(Pattern::Flush, 0, 1))];
 /// On one that is a hole at first: calls of all threads, since the one that serves the queue asks the others, and they
 /// do most of it.
 const FILLS: [(&str, Load); 2] = [
@@ -41,7 +44,7 @@ const FILLS: [(&str, Load); 2] = [
 
 /// Names of the figures.
 pub(super) fn names() -> impl Iterator<Item = &'static str> {
-    TRANSFERS.iter().chain(&HOLES).chain(&FILLS).map(|(name, _)| *name)
+    TRANSFERS.iter().chain(&HOLES).chain(&FLUSHES).chain(&FILLS).map(|(name, _)| *name)
 }
 
 /// All of them.
@@ -51,6 +54,7 @@ pub(super) fn measure(program: &dyn Fn() -> io::Result<PathBuf>) -> Vec<Measured
         Ok(ground) => {
             let mut figures = ground.each(Layout::Written, &TRANSFERS, least);
             figures.extend(ground.each(Layout::Sparse, &HOLES, least));
+            figures.extend(ground.each(Layout::Written, &FLUSHES, all));
             for fill in &FILLS {
                 figures.extend(ground.each(Layout::Sparse, std::slice::from_ref(fill), all));
             }
@@ -128,8 +132,8 @@ fn least(daemon: &Daemon, client: &mut Client, load: &Load) -> io::Result<f64> {
 fn all(daemon: &Daemon, client: &mut Client, load: &Load) -> io::Result<f64> {
     let worker = worker(daemon)?;
     let (mut counter, mut calls) = (None, 0);
-    let (first, last) = (WARM_UP / load.depth, (WARM_UP + FILLED) / load.depth);
-    load.batches(client.queue(0)?, IMAGE, WARM_UP + FILLED, |batch| {
+    let (first, last) = (WARM_UP / load.depth, (WARM_UP + COUNTED) / load.depth);
+    load.batches(client.queue(0)?, IMAGE, WARM_UP + COUNTED, |batch| {
         if batch == first {
             asleep(daemon.pid(), worker)?;
             counter = Counter::start(daemon.pid());
@@ -141,7 +145,7 @@ fn all(daemon: &Daemon, client: &mut Client, load: &Load) -> io::Result<f64> {
         }
         Ok(())
     })?;
-    Ok(per_request(calls, FILLED))
+    Ok(per_request(calls, COUNTED))
 }
 
 fn worker(daemon: &Daemon) -> io::Result<i32> {
