@@ -43,6 +43,12 @@ impl Generations {
         self.point = Some(id);
     }
 
+    /// Whether every data-modifying request has ended.
+    #[must_use]
+    pub const fn is_still(&self) -> bool {
+        self.before == 0 && self.since == 0
+    }
+
     /// Whether there is a flush point that has not been reached.
     #[must_use]
     pub const fn is_awaited(&self) -> bool {
@@ -130,7 +136,7 @@ impl GroupCommit {
         self.dirt.add(dirt);
     }
 
-    /// A flush is asked for. After a failure it fails at once (R16).
+    /// A flush is asked for, and these workers have to reach its point. After a failure it fails at once (R16).
     pub fn ask(&mut self, waiter: Waiter, workers: &BTreeSet<WorkerId>) -> Option<Step> {
         if let Some(errno) = self.failed {
             return Some(Step::Answer(vec![waiter], errno));
@@ -145,13 +151,17 @@ impl GroupCommit {
         self.failed = self.failed.or(Some(errno));
     }
 
-    /// Starts the next group if none is running and one is asked for.
+    /// Starts the next group if none is running and one is asked for; these workers have to reach its point.
     pub fn start(&mut self, workers: &BTreeSet<WorkerId>) -> Option<Step> {
         if !matches!(self.stage, Stage::Idle) || self.queued.is_empty() {
             return None;
         }
         let count = if self.alone { 1 } else { self.queued.len() };
         self.running = self.queued.drain(..count).collect();
+        if workers.is_empty() {
+            self.stage = Stage::Draining { id: PointId(self.next_point), missing: BTreeSet::new() };
+            return self.drained();
+        }
         self.next_point += 1;
         let id = PointId(self.next_point);
         self.stage = Stage::Draining { id, missing: workers.clone() };

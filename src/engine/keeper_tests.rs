@@ -67,6 +67,8 @@ impl Small {
         };
         change(&mut config);
         let shared = Arc::new(Shared::new());
+        // As if somebody were always writing: flushes have to ask.
+        shared.stir();
         let mut small = Self {
             keeper: Keeper::new(config, shared.clone(), Duration::ZERO),
             shared,
@@ -504,7 +506,8 @@ fn a_flush_counts_what_a_worker_wrote_that_left_while_it_drained() {
     small.say(A, ToKeeper::Flush(Tag(1)));
     small.say(A, reached(2));
     assert_eq!(small.take(A), [ToWorker::Point(PointId(2))]);
-    small.say(B, ToKeeper::Retiring { raw: place, file: false });
+    small.shared.stir();
+    small.say(B, ToKeeper::Still { raw: place, file: false });
     small.keeper.worker_left(small.now, B);
     small.poll();
     assert_eq!(small.take(A), [ToWorker::Sync { image: false, device: place }]);
@@ -515,6 +518,38 @@ fn a_flush_counts_what_a_worker_wrote_that_left_while_it_drained() {
     small.say(A, ToKeeper::Flush(Tag(2)));
     small.say(A, reached(3));
     assert_eq!(small.take(A)[1..], [ToWorker::Flushed(Tag(2), 0)]);
+}
+
+#[test]
+fn a_flush_asks_nobody_while_nothing_is_being_written() {
+    let mut small = Small::direct(|_| ());
+    small.keeper.worker_joined(B);
+    small.poll();
+    small.take(B);
+    small.shared.calm();
+    // Whatever a predecessor left is flushed.
+    small.say(A, ToKeeper::Flush(Tag(0)));
+    assert_eq!(small.take(A), [ToWorker::Sync { image: true, device: None }]);
+    // Who asks meanwhile has to wait for what was begun since.
+    small.shared.stir();
+    small.say(B, ToKeeper::Flush(Tag(1)));
+    assert!(small.take(B).is_empty());
+    small.say(A, ToKeeper::Synced(0));
+    let point = ToWorker::Point(PointId(1));
+    assert_eq!(small.take(A), [ToWorker::Flushed(Tag(0), 0), point]);
+    assert_eq!(small.take(B), [point]);
+    let reached = ToKeeper::PointReached { id: PointId(1), raw: None, file: false };
+    small.say(B, reached);
+    small.say(A, reached);
+    assert_eq!(small.take(B), [ToWorker::Flushed(Tag(1), 0)]);
+    // What the last one wrote counts, though it was told without a point.
+    let place = Some(DeviceOffset(4096));
+    small.say(A, ToKeeper::Still { raw: place, file: false });
+    small.say(B, ToKeeper::Flush(Tag(2)));
+    assert_eq!(small.take(B), [ToWorker::Sync { image: false, device: place }]);
+    small.say(B, ToKeeper::Synced(0));
+    assert_eq!(small.take(B), [ToWorker::Flushed(Tag(2), 0)]);
+    assert!(small.take(A).is_empty());
 }
 
 #[test]
@@ -549,7 +584,8 @@ fn a_flush_whose_syncing_worker_left_is_synced_by_another() {
     small.say(B, ToKeeper::Flush(Tag(1)));
     small.take(B);
     // Its frontend is gone, and with it the one that waited: it has not begun to sync.
-    small.say(A, ToKeeper::Retiring { raw: None, file: false });
+    small.shared.stir();
+    small.say(A, ToKeeper::Still { raw: None, file: false });
     small.keeper.worker_left(small.now, A);
     small.poll();
     assert_eq!(small.take(B), [ToWorker::Point(PointId(2))]);

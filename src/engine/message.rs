@@ -72,8 +72,9 @@ pub enum ToKeeper {
     LeaseLost,
     /// A raw write happened since the last [`ToWorker::Touched`] (R4).
     Dirty,
-    /// The last word of a worker with nothing in flight: what it wrote since its last report.
-    Retiring {
+    /// Nothing that modifies data is in flight here any more; what was written since the last report. Said once for each time
+    /// that the worker was stirred.
+    Still {
         /// As in [`PointReached`](Self::PointReached).
         raw: Option<DeviceOffset>,
         /// As in [`PointReached`](Self::PointReached).

@@ -11,6 +11,8 @@ pub struct Rules {
     pub(super) drain: bool,
     /// R14: a flush commits the file's metadata when it may have changed.
     pub(super) metadata_sync: bool,
+    /// R13: a worker that says that nothing is being written any more has waited for that.
+    pub(super) still: bool,
     /// R12: only whole blocks are punched.
     pub(super) punch_rounded: bool,
     /// R10: what the map says of blocks that were written through the file is forgotten before the guest is told (ADR 0006).
@@ -23,6 +25,7 @@ impl Default for Rules {
             generation: true,
             drain: true,
             metadata_sync: true,
+            still: true,
             punch_rounded: true,
             forget: true,
         }
@@ -47,6 +50,12 @@ impl Rules {
     #[must_use]
     pub fn without_metadata_sync() -> Self {
         Self { metadata_sync: false, ..Self::default() }
+    }
+
+    /// All rules but that workers wait until nothing is being written before they say so (R13).
+    #[must_use]
+    pub fn without_stillness() -> Self {
+        Self { still: false, ..Self::default() }
     }
 
     /// All rules but R12's rounding of punches.

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the keeper publishes and the workers read: the mode and the map, as immutable views.
+//! What the keeper publishes and the workers read: the mode and the map, as immutable views. And the other way round,
+//! how many workers have begun to write.
 //!
 //! A worker looks at one atomic per request and takes the mutex only when the view has changed,
 //! so the hot path takes no lock. A completion the guest sees is published after the view it
 //! depends on (R10: what a write made wrong goes first, *then* it completes), and a worker looks at the version after it has taken a
 //! request from the ring: a guest that saw a write complete never gets an older map for its next read.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::extent::ExtentMap;
@@ -35,6 +36,7 @@ pub struct View {
 pub struct Shared {
     version: AtomicU64,
     view: Mutex<Arc<View>>,
+    stirred: AtomicU32,
 }
 
 impl Shared {
@@ -61,6 +63,23 @@ impl Shared {
     pub fn latest(&self) -> (u64, Arc<View>) {
         let slot = self.view.lock().unwrap_or_else(PoisonError::into_inner);
         (self.version.load(Ordering::Relaxed), Arc::clone(&slot))
+    }
+
+    /// A worker that was still is about to write. It counts as stirred until the keeper has heard
+    /// [`Still`](super::message::ToKeeper::Still).
+    pub(super) fn stir(&self) {
+        self.stirred.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The keeper has heard it.
+    pub(super) fn calm(&self) {
+        let before = self.stirred.fetch_sub(1, Ordering::SeqCst);
+        debug_assert_ne!(before, 0, "still without having been stirred");
+    }
+
+    /// Whether all that any worker has begun to write has ended, and the keeper knows of it.
+    pub(crate) fn is_calm(&self) -> bool {
+        self.stirred.load(Ordering::SeqCst) == 0
     }
 
     /// The newest version's number.

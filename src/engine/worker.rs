@@ -56,6 +56,8 @@ pub struct Worker {
     parked: VecDeque<Tag>,
     stalled: VecDeque<Tag>,
     generations: Generations,
+    /// Counted in [`Shared`] among those that may have begun to write.
+    stirred: bool,
     /// What was written since the last report to the keeper.
     raw_written: Option<DeviceOffset>,
     file_written: bool,
@@ -102,6 +104,7 @@ impl Worker {
             parked: VecDeque::new(),
             stalled: VecDeque::new(),
             generations: Generations::default(),
+            stirred: false,
             raw_written: None,
             file_written: false,
             dirty_told: false,

@@ -38,8 +38,8 @@ pub(super) const CEILINGS: &[Ceiling] = &[
     exact("allocations, 4 KiB writes, depth 32", 0.0),
     exact("allocations, 64 KiB in pieces, depth 32", 0.0),
     exact("allocations, 128 KiB, depth 32", 0.0),
-    // A flush is six messages between that thread and the keeper, and a channel's memory is for 31 of them.
-    at_most("allocations, flushes", 0.194, 0.2),
+    // A flush is five messages between that thread and the keeper, and a channel's memory is for 31 of them.
+    at_most("allocations, flushes", 0.162, 0.17),
     instructions("instructions, 4 KiB read, hint", 2054.0),
     instructions("instructions, 4 KiB read, any of 1 M extents", 2370.0),
     instructions("instructions, 4 KiB write", 2115.0),
@@ -55,7 +55,7 @@ pub(super) const CEILINGS: &[Ceiling] = &[
     at_most("system calls, 4 KiB reads, depth 32", 9.0 / 32.0, 13.0 / 32.0),
     at_most("system calls, 4 KiB writes, depth 32", 9.0 / 32.0, 13.0 / 32.0),
     exact("system calls, 4 KiB reads of a hole, depth 32", 3.0 / 32.0),
-    at_most("system calls, 4 KiB write and flush, depth 1", 24.01, 26.0),
+    at_most("system calls, 4 KiB write and flush, depth 1", 20.1, 22.0),
     // Locks, page counts, inotify's events, now and then a FIEMAP, and the wake-ups of three threads. With many in flight they share those, as it happens.
     at_most("system calls, 4 KiB writes into a hole, depth 1", 25.5, 30.0),
     at_most("system calls, 4 KiB writes into a hole, depth 32", 2.8, 6.8),

@@ -17,6 +17,8 @@ pub enum Mutant {
     NoFence,
     /// R14: a flush does not commit the file's metadata.
     NoMetadataFsync,
+    /// R13: workers say that nothing is being written any more while it is.
+    NoStillness,
     /// R12: discards are punched as the guest asked for them.
     PunchUnrounded,
     /// ADR 0004: sectors are written raw, whatever the device's page cache holds of their blocks.
@@ -33,6 +35,7 @@ impl Mutant {
         Self::NoCacheCheck,
         Self::NoFence,
         Self::NoMetadataFsync,
+        Self::NoStillness,
         Self::PunchUnrounded,
         Self::PartialRawWrites,
         Self::NoForgetting,
@@ -49,6 +52,7 @@ impl Mutant {
             Some(Self::NoGeneration) => Rules::without_generation(),
             Some(Self::NoDrain) => Rules::without_drain(),
             Some(Self::NoMetadataFsync) => Rules::without_metadata_sync(),
+            Some(Self::NoStillness) => Rules::without_stillness(),
             Some(Self::PunchUnrounded) => Rules::without_punch_rounding(),
             Some(Self::NoForgetting) => Rules::without_forgetting(),
             Some(Self::NoCacheCheck | Self::NoFence | Self::PartialRawWrites) | None => {

@@ -50,9 +50,13 @@ impl Worker {
 
     /// From here on a flush waits for the request.
     fn enter(&mut self, io: &mut impl Io, tag: Tag) {
-        let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
-        let modifies = pending.request.kind.modifies();
-        pending.generation = modifies.then(|| self.generations.begin());
+        let Some(Some(pending)) = self.requests.get(tag.0 as usize) else { return };
+        if pending.request.kind.modifies() {
+            let generation = self.stir();
+            if let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) {
+                pending.generation = Some(generation);
+            }
+        }
         self.begin(tag);
         self.advance(io, tag);
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::Worker;
 use crate::engine::Op;
+use crate::engine::barrier::Generation;
 use crate::engine::io::{Io, OpId};
 use crate::engine::message::{Drain, ParkId, ToKeeper};
 use crate::engine::ops::Running;
@@ -24,8 +25,25 @@ impl Worker {
     /// Says the last word to the keeper; nothing may be in flight.
     pub fn retire(&mut self) {
         debug_assert_eq!(self.in_flight, 0, "a worker retires with requests in flight");
-        let (raw, file) = (self.raw_written.take(), std::mem::take(&mut self.file_written));
-        self.outbox.push_back(ToKeeper::Retiring { raw, file });
+        self.settle_down();
+    }
+
+    /// A data-modifying request begins. Said before any of it is written: who sees that nobody is stirred takes it that there
+    /// is nothing to drain (R13).
+    pub(super) fn stir(&mut self) -> Generation {
+        if !std::mem::replace(&mut self.stirred, true) {
+            self.shared.stir();
+        }
+        self.generations.begin()
+    }
+
+    /// Says that nothing is being written any more, if that is so and was not said.
+    pub(super) fn settle_down(&mut self) {
+        if self.stirred && (self.generations.is_still() || !self.rules.still) {
+            self.stirred = false;
+            let (raw, file) = (self.raw_written.take(), std::mem::take(&mut self.file_written));
+            self.say(ToKeeper::Still { raw, file });
+        }
     }
 
     /// R2a: is the lease ours, as far as was confirmed shortly before `now`? If it is not, raw I/O stops here
@@ -65,6 +83,7 @@ impl Worker {
         if let Some(id) = self.generations.reached() {
             let (raw, file) = (self.raw_written.take(), std::mem::take(&mut self.file_written));
             self.say(ToKeeper::PointReached { id, raw, file });
+            self.settle_down();
         }
     }
 

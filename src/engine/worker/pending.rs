@@ -130,7 +130,10 @@ impl Worker {
         pending.next = range.start;
         let block = u64::from(self.geometry.fs_block);
         match pending.request.kind {
-            Kind::Flush => self.ask(tag, ToKeeper::Flush(tag)),
+            Kind::Flush => {
+                self.settle_down();
+                self.ask(tag, ToKeeper::Flush(tag));
+            }
             Kind::Discard(_) | Kind::WriteZeroes { unmap: true, .. } => {
                 if range.round_in(block).is_empty() && self.rules.punch_rounded {
                     // Nothing to give back: of a discard nothing is left, of zeroes the writing.
@@ -178,6 +181,7 @@ impl Worker {
             self.report_point();
             if durable {
                 // R15, by the same barrier: the write is data that a flush of its own follows.
+                self.settle_down();
                 return self.ask(tag, ToKeeper::Flush(tag));
             }
         }
