@@ -166,7 +166,7 @@ impl Worker {
         self.view.mode == Mode::Direct && self.view.map.is_large()
     }
 
-    /// Requests are going to be accepted that begin at these bytes, or at others: it only saves them waiting for memory.
+    /// Requests are going to be accepted that begin at these bytes of the file, or at others: it only saves them waiting for memory.
     pub fn foresee(&self, bytes: &[u64]) {
         self.view.map.foresee(bytes);
     }

@@ -28,8 +28,8 @@ pub(crate) type AtomicMemory = GuestMemoryAtomic<Memory>;
 pub(crate) type Vring = VringRwLock<AtomicMemory>;
 
 /// Chains taken from one queue in one go, so that the queues of a thread share it, and before the kernel is given them: a disk
-/// that has run dry is not to wait until all that a guest has offered is understood. With more than four times as many offered
-/// or in flight it is a quarter of them: each time the kernel is given some it may have to wake whoever serves the disk.
+/// that has run dry waits for at most a quarter of what a guest has offered to be understood. More than this with more than four
+/// times as many offered or in flight: each time the kernel is given some it may have to wake whoever serves the disk.
 pub(crate) const BATCH: u16 = 8;
 
 /// Chains taken from one queue in one go, at most.

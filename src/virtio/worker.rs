@@ -55,7 +55,8 @@ pub(crate) trait Disk: Io {
     fn enter(&mut self) -> io::Result<()>;
     /// Hands what is queued to the kernel and sleeps until there is something to do.
     fn wait(&mut self, sleep: Sleep) -> io::Result<()>;
-    /// Whether several completions are likely to come soon: so many operations are in flight, and such sleeps have paid off.
+    /// Whether several completions are likely to come soon: the ring has been given so many operations, and such sleeps have
+    /// paid off. What it holds back until the last moment does not count yet.
     fn is_deep(&self) -> bool;
     /// Whether something has completed. No system call as a rule.
     fn has_completions(&mut self) -> bool;

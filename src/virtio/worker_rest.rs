@@ -41,7 +41,7 @@ impl<D: Disk> Worker<D> {
     /// The same, and waits for whatever happens next; for several completions, if many operations are in flight and nobody
     /// waits for this worker; briefly, if a guest is to be told after that.
     pub(super) fn sleep(&mut self, vrings: &[Vring]) {
-        let hurried = self.engine.is_hurried() || !self.orders.is_empty();
+        let hurried = self.engine.is_hurried() || !self.orders.is_empty() || self.quiescing;
         let deep = !hurried && self.disk.as_ref().is_some_and(Disk::is_deep);
         let mut sleep = if hurried { Sleep::Any } else { Sleep::Several };
         if !self.disk.as_mut().is_some_and(Disk::has_completions) {

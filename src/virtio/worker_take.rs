@@ -66,7 +66,9 @@ impl<D: Disk> Worker<D> {
     fn foresee(&mut self, table: &Table<'_>, heads: &[u16]) {
         if heads.len() > 1 && self.engine.foresees() {
             self.ahead.clear();
-            self.ahead.extend(heads.iter().filter_map(|head| table.glimpse(*head)));
+            let base = self.backend.limits().base;
+            let place = |head: &u16| table.glimpse(*head)?.checked_add(base);
+            self.ahead.extend(heads.iter().filter_map(place));
             self.engine.foresee(&self.ahead);
         }
     }

@@ -127,6 +127,7 @@ impl Bench {
     fn prepare(args: BenchArgs) -> io::Result<Bench> {
         let plan = Plan::new(&args)?;
         interrupt::listen()?;
+        HeldStill::recover()?;
         let peer = if plan.subjects.contains(&Subject::QemuStorageDaemon) {
             subject::peer_version()?
         } else {

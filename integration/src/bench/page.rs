@@ -41,7 +41,8 @@ fn environment(environment: &Environment) -> String {
     line("processor", cpus);
     line("memory", format!("{} GiB", environment.memory_bytes >> 30));
     line("kernel", environment.kernel.clone());
-    line("extentd", format!("{}, commit {}", environment.extentd, environment.commit));
+    line("extentd", environment.extentd.clone());
+    line("bench", format!("commit {}", environment.commit));
     if let Some(against) = &environment.against {
         line("compared with", against.clone());
     }

@@ -21,8 +21,10 @@ use crate::rig::command::context;
 /// A mask like an unbound workqueue's: 32 bits in each group, the highest ones first.
 const MASK: &str = "/sys/devices/virtual/workqueue/cpumask";
 /// Locked by the bench that has changed anything, and what it was before: who finds something in it has to put that back for one that was
-/// killed. The mask, and the ids of the threads that were made `SCHED_BATCH`.
+/// killed. The boot it is of, the mask, and the ids of the threads that were made `SCHED_BATCH`.
 const BEFORE: &str = "/run/extentd-bench.before";
+/// `/run` may outlive the machine's running.
+const BOOT: &str = "/proc/sys/kernel/random/boot_id";
 
 /// Puts everything back when dropped. One at a time: the next one waits.
 #[derive(Debug)]
@@ -35,6 +37,7 @@ pub(super) struct HeldStill {
 /// What it was before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Before {
+    boot: String,
     mask: String,
     /// Threads that had the usual policy.
     threads: Vec<i32>,
@@ -43,25 +46,34 @@ struct Before {
 impl HeldStill {
     /// Keeps unbound workers off `cpu`, and ksoftirqd from preempting anybody, until this is dropped.
     pub(super) fn but_for(cpu: usize) -> io::Result<HeldStill> {
-        HeldStill::with(Path::new(MASK), Path::new(BEFORE), cpu, &ksoftirqd()?)
+        let threads = ksoftirqd()?;
+        if threads.is_empty() {
+            return Err(io::Error::other("no ksoftirqd is seen: is this a PID namespace?"));
+        }
+        HeldStill::with(Path::new(MASK), Path::new(BEFORE), cpu, &threads)
     }
 
-    fn with(mask: &Path, lock: &Path, cpu: usize, threads: &[i32]) -> io::Result<HeldStill> {
-        let open =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(lock);
-        let mut lock_file = open.map_err(context(lock.display()))?;
-        flock(&lock_file, FlockOperation::LockExclusive).map_err(context(lock.display()))?;
-        let mut text = String::new();
-        lock_file.read_to_string(&mut text)?;
-        let before = match Before::parse(&text) {
+    /// Puts back what a bench that was killed has left.
+    pub(super) fn recover() -> io::Result<()> {
+        let (lock, left) = lock(Path::new(BEFORE))?;
+        if let Some(before) = left {
+            drop(HeldStill { mask: MASK.into(), before, lock });
+        }
+        Ok(())
+    }
+
+    fn with(mask: &Path, path: &Path, cpu: usize, threads: &[i32]) -> io::Result<HeldStill> {
+        let (mut lock, left) = lock(path)?;
+        let before = match left {
             Some(before) => before,
             None => Before::now(mask, threads)?,
         };
         let without = without(&before.mask, cpu).map_err(context(mask.display()))?;
-        lock_file.rewind()?;
-        lock_file.write_all(before.text().as_bytes())?;
+        lock.set_len(0)?;
+        lock.rewind()?;
+        lock.write_all(before.text().as_bytes())?;
         // From here on it is put back, whatever happens.
-        let held = HeldStill { mask: mask.to_owned(), before, lock: lock_file };
+        let held = HeldStill { mask: mask.to_owned(), before, lock };
         std::fs::write(mask, without).map_err(context(mask.display()))?;
         for thread in &held.before.threads {
             set_policy(*thread, libc::SCHED_BATCH).map_err(context(format!("thread {thread}")))?;
@@ -78,7 +90,7 @@ impl Drop for HeldStill {
         match threads.fold(mask, Result::and) {
             Ok(()) => _ = self.lock.set_len(0),
             Err(error) => {
-                let Before { mask, threads } = &self.before;
+                let Before { mask, threads, .. } = &self.before;
                 let place = self.mask.display();
                 eprintln!("bench: {error}; {place} was {mask}, threads {threads:?} SCHED_OTHER");
             }
@@ -86,24 +98,46 @@ impl Drop for HeldStill {
     }
 }
 
+/// Locks the file, and says what is in it. Waits for a bench that is measuring.
+fn lock(path: &Path) -> io::Result<(File, Option<Before>)> {
+    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+    let mut file = open.map_err(context(path.display()))?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        eprintln!("waiting for another bench ({} is locked)", path.display());
+        flock(&file, FlockOperation::LockExclusive).map_err(context(path.display()))?;
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    let left = Before::parse(&text, &boot()?);
+    Ok((file, left))
+}
+
+fn boot() -> io::Result<String> {
+    Ok(std::fs::read_to_string(BOOT).map_err(context(BOOT))?.trim().to_owned())
+}
+
 impl Before {
     fn now(mask: &Path, threads: &[i32]) -> io::Result<Before> {
         let text = std::fs::read_to_string(mask).map_err(context(mask.display()))?;
         let usual = |thread: &i32| policy(*thread).is_ok_and(|policy| policy == libc::SCHED_OTHER);
         let threads = threads.iter().copied().filter(usual).collect();
-        Ok(Before { mask: text.trim().to_owned(), threads })
+        Ok(Before { boot: boot()?, mask: text.trim().to_owned(), threads })
     }
 
-    /// What is in the file, if anything.
-    fn parse(text: &str) -> Option<Before> {
+    /// What is in the file, if it is of this boot.
+    fn parse(text: &str, boot: &str) -> Option<Before> {
         let mut words = text.split_whitespace();
+        if words.next()? != boot {
+            return None;
+        }
         let mask = words.next()?.to_owned();
-        Some(Before { mask, threads: words.filter_map(|word| word.parse().ok()).collect() })
+        let threads = words.filter_map(|word| word.parse().ok()).collect();
+        Some(Before { boot: boot.to_owned(), mask, threads })
     }
 
     fn text(&self) -> String {
         let threads: Vec<_> = self.threads.iter().map(i32::to_string).collect();
-        format!("{}\n{}\n", self.mask, threads.join(" "))
+        format!("{}\n{}\n{}\n", self.boot, self.mask, threads.join(" "))
     }
 }
 
@@ -135,7 +169,12 @@ fn set_policy(thread: i32, policy: i32) -> io::Result<()> {
     none.sched_priority = 0;
     // SAFETY: the pointer is to a `sched_param` that outlives the call, which only reads it.
     let done = unsafe { libc::sched_setscheduler(thread, policy, &raw const none) };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    match io::Error::last_os_error() {
+        _ if done >= 0 => Ok(()),
+        // With its CPU it went away.
+        error if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        error => Err(error),
+    }
 }
 
 /// `mask` without `cpu`.
@@ -212,6 +251,19 @@ mod tests {
         assert_eq!(now(), ("f".to_owned(), libc::SCHED_OTHER));
         std::mem::forget(killed);
 
+        // One that was killed before the machine was started again, with threads that are somebody else's now.
+        std::fs::write(&lock, format!("another-boot\n1\n{}\n", batch.id())).unwrap();
+        drop(HeldStill::with(&mask, &lock, 3, &threads).unwrap());
+        assert_eq!(now(), ("f".to_owned(), libc::SCHED_OTHER));
+        assert_eq!(policy(batch.id()).unwrap(), libc::SCHED_BATCH);
+        // A thread that is gone.
+        let gone = Sleeper::new();
+        let with_gone = [usual.id(), gone.id()];
+        let held = HeldStill::with(&mask, &lock, 3, &with_gone).unwrap();
+        drop(gone);
+        drop(held);
+        assert_eq!(std::fs::read_to_string(&lock).unwrap(), "");
+
         std::fs::write(&mask, "8\n").unwrap();
         let error = HeldStill::with(&mask, &lock, 3, &threads).unwrap_err().to_string();
         assert!(error.contains("no CPU but 3"), "{error}");
@@ -237,7 +289,10 @@ mod tests {
                 scope.spawn(|| {
                     for _ in 0..20 {
                         let held = HeldStill::with(&mask, &lock, 3, &[]).unwrap();
-                        assert_eq!(held.before, Before { mask: "f".to_owned(), threads: vec![] });
+                        assert_eq!(
+                            (held.before.mask.as_str(), &held.before.threads[..]),
+                            ("f", &[][..])
+                        );
                         assert_eq!(std::fs::read_to_string(&mask).unwrap(), "00000007");
                     }
                 });

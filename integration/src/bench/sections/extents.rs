@@ -155,7 +155,7 @@ fn make(image: &Image, piece: u64) -> io::Result<()> {
     let (filler, filler_path) = create("filler")?;
     let take = |file: &File, offset, len| fallocate(file, FallocateFlags::empty(), offset, len);
     // What is more than half is for the filesystem's own blocks.
-    let in_turn = (image.size / 2 + image.size / 64).next_multiple_of(piece);
+    let in_turn = (image.size / 2 + image.size / 64).next_multiple_of(piece).min(image.size);
     for offset in (0..in_turn).step_by(usize::try_from(piece).map_err(io::Error::other)?) {
         take(&file, offset, piece)?;
         take(&other, offset, piece)?;
@@ -175,7 +175,9 @@ fn make(image: &Image, piece: u64) -> io::Result<()> {
     drop(other);
     // Its space is free when the journal says so.
     syncfs(&file)?;
-    take(&file, in_turn, image.size - in_turn)?;
+    if in_turn < image.size {
+        take(&file, in_turn, image.size - in_turn)?;
+    }
     std::fs::remove_file(filler_path)?;
     drop((file, filler));
     fill(&image.path, false, image.size)
