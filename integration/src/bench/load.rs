@@ -12,6 +12,8 @@ use super::workload::{Request, Source, Workload};
 const HANG: Duration = Duration::from_secs(10);
 /// Looks in vain before the clock is looked at.
 const LOOKS: u64 = 1 << 20;
+/// How long one of two disks is used before it is the other one's turn.
+const SLICE: Duration = Duration::from_millis(50);
 
 /// How long it runs.
 #[derive(Debug, Clone, Copy)]
@@ -83,18 +85,49 @@ pub(super) fn run(
     run.until(workload, |_, now| now >= end)?;
     run.drain()?;
     mark()?;
-    run.latencies.clear();
-    run.flushes.clear();
-    run.idle_looks = 0;
+    run.forget();
     let start = Instant::now();
     let end = start + timing.measured;
     run.until(workload, |_, now| now >= end)?;
-    let seconds = start.elapsed().as_secs_f64();
-    let (latencies, flushes) = (run.latencies.clone(), run.flushes.clone());
-    let idle_looks = run.idle_looks as f64 / latencies.total().max(1) as f64;
+    let sample = run.sample(start.elapsed());
     mark()?;
     run.drain()?;
-    Ok(Sample { latencies, flushes, seconds, idle_looks })
+    Ok(sample)
+}
+
+/// Runs `workload` on two disks of `size` bytes, a slice of time on the one and a slice on the other: what else happens on the machine
+/// for longer than that happens to both. Each gets as much time as [`run`] would give it. `mark` is called when counting
+/// begins and when it ends, with nothing in flight.
+pub(super) fn run_in_turn<D: Disk>(
+    disks: [&mut D; 2],
+    workload: Workload,
+    timing: Timing,
+    size: u64,
+    mut mark: impl FnMut() -> io::Result<()>,
+) -> io::Result<[Sample; 2]> {
+    let mut runs = disks.map(|disk| Run::new(disk, workload, size));
+    for run in &mut runs {
+        run.slice(workload, timing.warm_up)?;
+        run.forget();
+    }
+    mark()?;
+    let turns = timing.measured.as_nanos().div_ceil(SLICE.as_nanos()).max(1);
+    let turns = u32::try_from(turns).unwrap_or(u32::MAX);
+    let slice = timing.measured / turns;
+    let mut used = [Duration::ZERO; 2];
+    for turn in 0..turns as usize {
+        for half in 0..2 {
+            // A B B A: what goes on getting slower gets slower for both.
+            let index = (turn + half) % 2;
+            if let (Some(run), Some(used)) = (runs.get_mut(index), used.get_mut(index)) {
+                *used += run.slice(workload, slice)?;
+            }
+        }
+    }
+    mark()?;
+    let [one, other] = runs;
+    let [of_one, of_other] = used;
+    Ok([one.sample(of_one), other.sample(of_other)])
 }
 
 /// Runs `workload` until `requests` of its requests have ended.
@@ -205,6 +238,31 @@ impl<'a, D: Disk> Run<'a, D> {
                 return interrupt::check();
             }
             self.send(now)?;
+        }
+    }
+
+    /// From nothing in flight to everything and, after this time, to nothing; how long that was.
+    fn slice(&mut self, workload: Workload, time: Duration) -> io::Result<Duration> {
+        let start = Instant::now();
+        self.until(workload, |_, now| now.saturating_duration_since(start) >= time)?;
+        self.drain()?;
+        Ok(start.elapsed())
+    }
+
+    /// Nothing has been counted yet.
+    fn forget(&mut self) {
+        self.latencies.clear();
+        self.flushes.clear();
+        self.idle_looks = 0;
+    }
+
+    /// What has been counted, in this time.
+    fn sample(&self, time: Duration) -> Sample {
+        Sample {
+            latencies: self.latencies.clone(),
+            flushes: self.flushes.clone(),
+            seconds: time.as_secs_f64(),
+            idle_looks: self.idle_looks as f64 / self.latencies.total().max(1) as f64,
         }
     }
 

@@ -71,6 +71,64 @@ fn flushes_have_their_own_histogram_and_marks_bracket_what_is_counted() {
 }
 
 #[test]
+fn two_disks_in_turn_get_the_same_and_never_at_the_same_time() {
+    /// Asks, before anything is sent to the one, whether the other has answered everything.
+    #[derive(Default)]
+    struct Either<'a> {
+        disk: Instantly,
+        busy: Option<&'a std::cell::Cell<Option<usize>>>,
+        me: usize,
+    }
+    impl Disk for Either<'_> {
+        fn queue(&mut self, slot: u16, request: Request) -> io::Result<()> {
+            let busy = self.busy.unwrap();
+            assert!(busy.get().is_none_or(|who| who == self.me), "the other one is busy");
+            busy.set(Some(self.me));
+            self.disk.queue(slot, request)
+        }
+        fn submit(&mut self) -> io::Result<()> {
+            self.disk.submit()
+        }
+        fn reap(&mut self, done: &mut Vec<u16>) -> io::Result<()> {
+            self.disk.reap(done)?;
+            if self.disk.sent.is_empty() {
+                self.busy.unwrap().set(None);
+            }
+            Ok(())
+        }
+    }
+    let busy = std::cell::Cell::new(None);
+    let disk = |me| Either { disk: Instantly::default(), busy: Some(&busy), me };
+    let (mut one, mut other) = (disk(0), disk(1));
+    let workload = Workload::random(Access::Read, 8, 1);
+    let measured = Duration::from_millis(120);
+    let timing = Timing { warm_up: Duration::from_millis(10), measured };
+    let mut sent = Vec::new();
+    let samples = run_in_turn([&mut one, &mut other], workload, timing, 1 << 30, || {
+        assert!(busy.get().is_none(), "nothing is in flight");
+        sent.push(());
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(sent.len(), 2);
+    for (sample, disk) in samples.iter().zip([&one, &other]) {
+        assert!(sample.seconds >= measured.as_secs_f64(), "{}", sample.seconds);
+        // All that was asked for after the warm-up is counted, and a slice goes on where the one before it ended.
+        let reads = disk.disk.requests.len() as u64;
+        assert!(sample.requests() > 0 && sample.requests() < reads);
+        let places: std::collections::HashSet<u64> = disk.disk.requests.iter().map(place).collect();
+        assert!(places.len() as u64 > reads.min(1 << 17) / 2, "{} of {reads}", places.len());
+    }
+}
+
+fn place(request: &Request) -> u64 {
+    match request {
+        Request::Read(at) | Request::Write(at) | Request::Discard(at) => *at,
+        Request::Flush => 0,
+    }
+}
+
+#[test]
 fn discards_are_counted_and_the_writes_before_them_are_not() {
     let mut disk = Instantly::default();
     let workload = Workload::random(Access::Discard, 4, 1);

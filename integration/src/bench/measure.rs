@@ -10,7 +10,7 @@ use super::load::{self, Disk, Sample, Timing};
 use super::native::Native;
 use super::subject::Subject;
 use super::usage::{Machine, Memory, Usage};
-use super::workload::{Order, Workload};
+use super::workload::Workload;
 use crate::rig::syscalls::Counter;
 use crate::rig::{Daemon, Status};
 
@@ -103,8 +103,6 @@ pub(super) struct Trial<'a> {
     pub(super) timing: Timing,
     /// How the client waits.
     pub(super) wait: Wait,
-    /// First, the image is read from end to end, a block every so many bytes.
-    pub(super) sweep: Option<u32>,
 }
 
 impl Ground {
@@ -169,10 +167,6 @@ impl Trial<'_> {
     }
 
     fn run(&self, mut disk: impl Disk, mark: impl FnMut() -> io::Result<()>) -> io::Result<Sample> {
-        if let Some(stride) = self.sweep {
-            let all = Workload { order: Order::Sequential, stride, ..self.workload };
-            load::transfer(&mut disk, all, self.image.size, self.image.size / u64::from(stride))?;
-        }
         load::run(&mut disk, self.workload, self.timing, self.image.size, mark)
     }
 }

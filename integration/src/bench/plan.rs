@@ -65,7 +65,6 @@ impl Pass {
             workload: self.workload,
             timing: self.effort.timing,
             wait: self.wait,
-            sweep: None,
         }
     }
 }

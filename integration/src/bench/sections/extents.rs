@@ -9,17 +9,17 @@ use rustix::io::Errno;
 use serde::Serialize;
 
 use crate::bench::ground::{Ground, Image, fill};
-use crate::bench::guest::Wait;
+use crate::bench::guest::{Guest, Wait};
 use crate::bench::interrupt;
-use crate::bench::load::Timing;
-use crate::bench::measure::{Outcome, Trial};
+use crate::bench::load::{self, Sample, Timing};
+use crate::bench::measure::on_client_thread;
 use crate::bench::report::distribution;
 use crate::bench::stats::{Spread, median};
 use crate::bench::subject::Subject;
-use crate::bench::usage::available_bytes;
-use crate::bench::workload::Workload;
+use crate::bench::usage::{Memory, available_bytes, cpu_ns};
+use crate::bench::workload::{Order, Workload};
 use crate::rig::image::extents as count;
-use crate::rig::{Backing, Filesystem, Kind};
+use crate::rig::{Backing, Daemon, Filesystem, Kind};
 
 /// An image in pieces is so much larger than the ground's image: 4 GiB, which are 2^20 blocks, where that has 1 GiB.
 const TIMES: u64 = 4;
@@ -48,6 +48,25 @@ pub(in crate::bench) struct ExtentsRow {
     pub(in crate::bench) ratio: Option<Spread>,
 }
 
+/// What one run of one image came to.
+#[derive(Debug, Clone, Default)]
+struct Outcome {
+    sample: Sample,
+    /// Server CPU time per request.
+    cpu_us_per_io: f64,
+    peak_rss_kib: u64,
+}
+
+impl Outcome {
+    /// Ends the server.
+    fn new(sample: Sample, cpu_ns: u64, server: &mut Daemon) -> io::Result<Outcome> {
+        let cpu_us_per_io = cpu_ns as f64 / 1000.0 / sample.requests().max(1) as f64;
+        let peak_rss_kib = Memory::of(server.pid())?.peak;
+        server.sigterm()?;
+        Ok(Outcome { sample, cpu_us_per_io, peak_rss_kib })
+    }
+}
+
 impl ExtentsRow {
     /// Sums up the rounds of an image in `extents` pieces and of the image in one, taken in turn.
     fn new(extents: u64, own: &[Outcome], one: &[Outcome]) -> ExtentsRow {
@@ -62,17 +81,20 @@ impl ExtentsRow {
             iops: of(|o| o.sample.iops()),
             p99_us: of(|o| o.sample.latencies.quantile_us(0.99)),
             latency_us: distribution(&latencies),
-            server_cpu_us_per_io: of(|o| o.cpu_us_per_io.unwrap_or(0.0)),
-            peak_rss_kib: own.iter().filter_map(|o| o.peak_rss_kib).max().unwrap_or(0),
+            server_cpu_us_per_io: of(|o| o.cpu_us_per_io),
+            peak_rss_kib: own.iter().map(|o| o.peak_rss_kib).max().unwrap_or(0),
             rounds: iops(own),
             ratio: Spread::of_ratios(&iops(own), &iops(one)),
         }
     }
 }
 
-/// Measures extentd on images in pieces of so many bytes, each in turn with one of the same size on the same filesystem that is in as few
+/// Measures extentd on images in pieces of so many bytes, each beside one of the same size on the same filesystem that is in as few
 /// as that gives it: so that the pieces are all the difference, and not how much memory the disk is spread over or what of
 /// its metadata waits to be written.
+///
+/// What the pieces cost is a few hundredths, and far less than what the machine differs by from one second to the next. So both are used in
+/// slices of less than that, and each round has servers of its own all the same.
 pub(in crate::bench) fn extents(
     ground: &Ground,
     pieces: &[u64],
@@ -97,13 +119,14 @@ pub(in crate::bench) fn extents(
         let (mut many, mut one) = (Vec::new(), Vec::new());
         for round in 0..rounds {
             interrupt::check()?;
-            let mut turns = [(&image, &mut many), (&whole, &mut one)];
-            if round % 2 == 1 {
-                turns.reverse();
-            }
-            for (image, outcomes) in turns {
-                outcomes.push(measure(ground, image, timing, wait)?);
-            }
+            let (of_many, of_one) = if round % 2 == 0 {
+                measure(ground, [&image, &whole], timing, wait)?.into()
+            } else {
+                let [of_one, of_many] = measure(ground, [&whole, &image], timing, wait)?;
+                (of_many, of_one)
+            };
+            many.push(of_many);
+            one.push(of_one);
         }
         rows.push(ExtentsRow::new(count(&image.path)?, &many, &one));
         few = count(&whole.path)?;
@@ -113,21 +136,49 @@ pub(in crate::bench) fn extents(
     Ok(rows)
 }
 
-/// Both images are read at as many different places, so that the processor's caches do not make the difference.
-fn measure(ground: &Ground, image: &Image, timing: Timing, wait: Wait) -> io::Result<Outcome> {
-    let stride = (image.size / ground.image().size).max(1) * BLOCK;
+/// A round: a server for each of the two images, used in turn.
+fn measure(
+    ground: &Ground,
+    images: [&Image; 2],
+    timing: Timing,
+    wait: Wait,
+) -> io::Result<[Outcome; 2]> {
+    let start = |image: &Image, name: &str| {
+        let directory = ground.sockets().join(name);
+        std::fs::create_dir_all(&directory)?;
+        let server = ground.start_in(Subject::ExtentdDirect, &image.path, 1, &directory)?;
+        server.ok_or_else(|| io::Error::other("extentd is a server"))
+    };
+    let [one, other] = images;
+    let [mut first, mut second] = [start(one, "first")?, start(other, "second")?];
+    // Both are read at as many different places, so that the processor's caches do not make the difference.
+    let stride = (one.size / ground.image().size).max(1) * BLOCK;
     let stride = u32::try_from(stride).map_err(io::Error::other)?;
     let workload = Workload { stride, ..Workload::READ_32 };
     // All the places there are, lest the map is still being asked for while it is measured.
-    let sweep = Some(stride);
-    ground.measure_on(&Trial {
-        subject: Subject::ExtentdDirect,
-        image,
-        workload,
-        timing,
-        wait,
-        sweep,
-    })
+    let sweep = Workload { order: Order::Sequential, ..workload };
+    let mut used = Vec::new();
+    let [of_first, of_second] = on_client_thread(|| {
+        let connect = |server: &Daemon| {
+            let mut guest = Guest::connect(server.socket(), workload, wait)?;
+            load::transfer(&mut guest, sweep, one.size, one.size / u64::from(stride))?;
+            Ok::<_, io::Error>(guest)
+        };
+        let (mut one_guest, mut other_guest) = (connect(&first)?, connect(&second)?);
+        let guests = [&mut one_guest, &mut other_guest];
+        load::run_in_turn(guests, workload, timing, one.size, || {
+            used.push((cpu_ns(first.pid())?, cpu_ns(second.pid())?));
+            Ok(())
+        })
+    })?;
+    let (cpu_of_first, cpu_of_second) = match used.as_slice() {
+        [start, end] => (end.0.saturating_sub(start.0), end.1.saturating_sub(start.1)),
+        _ => (0, 0),
+    };
+    Ok([
+        Outcome::new(of_first, cpu_of_first, &mut first)?,
+        Outcome::new(of_second, cpu_of_second, &mut second)?,
+    ])
 }
 
 /// The size of an image, halved until there is memory for two.
@@ -214,7 +265,7 @@ mod tests {
         let outcome = |requests: u64| {
             let mut sample = Sample { seconds: 1.0, ..Sample::default() };
             (0..requests).for_each(|_| sample.latencies.record(1000));
-            Outcome { sample, peak_rss_kib: Some(7), ..Outcome::default() }
+            Outcome { sample, peak_rss_kib: 7, cpu_us_per_io: 1.0 }
         };
         let row = ExtentsRow::new(
             9,

@@ -146,7 +146,6 @@ fn capacity(ground: &Ground) -> io::Result<f64> {
         workload: WRITES,
         timing,
         wait: Wait::Event,
-        sweep: None,
     })?;
     Ok(outcome.sample.iops())
 }
