@@ -181,6 +181,7 @@ impl ExtentMap {
     /// Every cached extent that has a byte in `range`, unclipped, in order.
     pub fn overlapping(&self, range: FileRange) -> impl Iterator<Item = Extent> + '_ {
         self.leaves_from(range.start)
+            .skip_while(move |leaf| leaf.end <= range.start)
             .take_while(move |leaf| leaf.start < range.end)
             .flat_map(move |leaf| leaf.extents_from(leaf.find(range.start).unwrap_or(0)))
             .take_while(move |extent| extent.range.start < range.end)

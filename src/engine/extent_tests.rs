@@ -55,8 +55,14 @@ fn check(map: &ExtentMap, oracle: &Oracle, blocks: u64) {
     assert_eq!(map.leaf_count(), map.leaves_from(0).count());
     for branch in &map.branches {
         assert_eq!(branch.start, branch.leaves[0].start);
+        assert_eq!(branch.end, branch.leaves[branch.leaves.len() - 1].end);
         assert!(branch.leaves.len() <= BRANCH);
-        assert!(branch.leaves.iter().all(|leaf| (1..=LEAF).contains(&leaf.extents().count())));
+        for leaf in branch.leaves.iter() {
+            let extents: Vec<Extent> = leaf.extents().collect();
+            assert!((1..=LEAF).contains(&extents.len()));
+            let ends = (extents[0].range.start, extents[extents.len() - 1].range.end);
+            assert_eq!((leaf.start, leaf.end), ends);
+        }
     }
     for pair in list.windows(2) {
         assert!(pair[0].range.end <= pair[1].range.start, "overlap: {pair:?}");
@@ -69,7 +75,26 @@ fn slow_overlap(map: &ExtentMap, range: FileRange) -> Vec<Extent> {
     map.iter().filter(|extent| extent.range.overlaps(&range)).collect()
 }
 
+/// Where things begin: next to each other, far apart, or as far as numbers go.
+fn starts() -> impl Strategy<Value = Vec<u64>> {
+    let start = prop_oneof![0u64..600, 0u64..1 << 40, u64::MAX - 600..u64::MAX, any::<u64>()];
+    prop::collection::btree_set(start, 1..300).prop_map(|starts| starts.into_iter().collect())
+}
+
 proptest! {
+    #[test]
+    fn a_place_is_found_however_skewed_the_lengths_are(starts in starts(), more in any::<u64>(), ats in prop::collection::vec(any::<u64>(), 20)) {
+        let last = starts[starts.len() - 1];
+        let range = FileRange::new(starts[0], last.saturating_add(more));
+        // Where each begins, the byte before that, and anywhere.
+        let edges = starts.iter().flat_map(|at| [*at, at.saturating_sub(1), at.saturating_add(1)]);
+        for at in edges.chain(ats).chain([0, range.end, range.end.saturating_sub(1), u64::MAX]) {
+            let found = place(&starts, range, at, |start| *start);
+            let expected = range.has(at).then(|| starts.partition_point(|start| *start <= at) - 1);
+            prop_assert_eq!(found, expected, "{} of {:?}", at, range);
+        }
+    }
+
     #[test]
     fn replaces_and_removes_like_the_oracle(
         steps in prop::collection::vec(

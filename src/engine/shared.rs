@@ -31,12 +31,17 @@ pub struct View {
     pub map: ExtentMap,
 }
 
+/// Workers that write. On cache lines of its own: every worker looks at the version for each of its requests.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Stirred(AtomicU32);
+
 /// The place where views are published.
 #[derive(Debug, Default)]
 pub struct Shared {
     version: AtomicU64,
     view: Mutex<Arc<View>>,
-    stirred: AtomicU32,
+    stirred: Stirred,
 }
 
 impl Shared {
@@ -68,18 +73,18 @@ impl Shared {
     /// A worker that was still is about to write. It counts as stirred until the keeper has heard
     /// [`Still`](super::message::ToKeeper::Still).
     pub(super) fn stir(&self) {
-        self.stirred.fetch_add(1, Ordering::SeqCst);
+        self.stirred.0.fetch_add(1, Ordering::SeqCst);
     }
 
     /// The keeper has heard it.
     pub(super) fn calm(&self) {
-        let before = self.stirred.fetch_sub(1, Ordering::SeqCst);
+        let before = self.stirred.0.fetch_sub(1, Ordering::SeqCst);
         debug_assert_ne!(before, 0, "still without having been stirred");
     }
 
     /// Whether all that any worker has begun to write has ended, and the keeper knows of it.
     pub(crate) fn is_calm(&self) -> bool {
-        self.stirred.load(Ordering::SeqCst) == 0
+        self.stirred.0.load(Ordering::SeqCst) == 0
     }
 
     /// The newest version's number.

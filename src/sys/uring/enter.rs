@@ -86,15 +86,17 @@ impl Ring {
         let limit = limit.or(self.uneasy.then_some(BREATH));
         let wanted = if sleep == Sleep::Any { 1 } else { self.gathered() };
         let long = if wanted > 1 { Some(LONG) } else { None };
-        match self.call(self.queued.len(), wanted, limit.or(long)) {
+        let slept = self.call(self.queued.len(), wanted, limit.or(long));
+        // One that a signal or a shortage has ended says nothing about the disk.
+        if sleep != Sleep::Any && matches!(slept, Ok(_) | Err(libc::ETIME)) {
+            let come = self.uring.0.completion().len();
+            self.gather.slept(wanted, come);
+        }
+        match slept {
             Ok(taken) => self.took(taken),
             Err(libc::EINTR | libc::ETIME | libc::EBUSY) => {}
             Err(libc::EAGAIN) => std::thread::sleep(limit.unwrap_or(BREATH)),
             Err(error) => self.give_up(error),
-        }
-        if sleep != Sleep::Any {
-            let come = self.uring.0.completion().len();
-            self.gather.slept(wanted, come);
         }
         self.tell()
     }
