@@ -67,9 +67,16 @@ pub(super) fn transfer(
             .map(|span| libc::iovec { iov_base: span.base.cast(), iov_len: span.len }),
     );
     let (list, count) = (iovecs.as_ptr(), u32::try_from(iovecs.len()).ok()?);
-    Some(match way {
-        Way::Read => opcode::Readv::new(file, list, count).offset(offset).build(),
-        Way::Write => opcode::Writev::new(file, list, count).offset(offset).build(),
+    let buffer = pinned.and_then(|pinned| pinned.buffer_of_all(iovecs));
+    Some(match (way, buffer) {
+        (Way::Read, Some(buffer)) => {
+            opcode::ReadvFixed::new(file, list, count, buffer).offset(offset).build()
+        }
+        (Way::Write, Some(buffer)) => {
+            opcode::WritevFixed::new(file, list, count, buffer).offset(offset).build()
+        }
+        (Way::Read, None) => opcode::Readv::new(file, list, count).offset(offset).build(),
+        (Way::Write, None) => opcode::Writev::new(file, list, count).offset(offset).build(),
     })
 }
 

@@ -28,12 +28,23 @@ pub(super) struct Pinned {
 impl Pinned {
     /// The number of the buffer that `span` lies in.
     pub(super) fn buffer_of(&self, span: Span) -> Option<u16> {
-        let inside = |part: &Span| {
-            let skip = span.base.addr().checked_sub(part.base.addr());
-            skip.and_then(|skip| skip.checked_add(span.len)).is_some_and(|end| end <= part.len)
-        };
-        self.parts.iter().position(inside).and_then(|number| u16::try_from(number).ok())
+        let number = self.parts.iter().position(|part| is_inside(part, span));
+        number.and_then(|number| u16::try_from(number).ok())
     }
+
+    /// The number of the buffer that all of a list lie in. None of them is empty, or the kernel would refuse them.
+    pub(super) fn buffer_of_all(&self, list: &[libc::iovec]) -> Option<u16> {
+        let span = |iovec: &libc::iovec| Span { base: iovec.iov_base.cast(), len: iovec.iov_len };
+        let number = self.buffer_of(list.first().map(span)?)?;
+        let part = self.parts.get(usize::from(number))?;
+        let all = list.iter().map(span).all(|span| span.len > 0 && is_inside(part, span));
+        all.then_some(number)
+    }
+}
+
+fn is_inside(part: &Span, span: Span) -> bool {
+    let skip = span.base.addr().checked_sub(part.base.addr());
+    skip.and_then(|skip| skip.checked_add(span.len)).is_some_and(|end| end <= part.len)
 }
 
 /// A mapped region in pieces that the kernel takes as buffers.
@@ -101,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_span_belongs_to_the_buffer_that_holds_all_of_it() {
+    fn spans_belong_to_the_buffer_that_holds_all_of_them() {
         let span = |at: usize, len| Span { base: std::ptr::without_provenance_mut(at), len };
         let pinned = Pinned {
             _memory: Arc::default(),
@@ -118,6 +129,17 @@ mod tests {
             (usize::MAX, 1, None),
         ] {
             assert_eq!(pinned.buffer_of(span(at, len)), buffer, "{at} {len}");
+        }
+        let iovec =
+            |at, iov_len| libc::iovec { iov_base: std::ptr::without_provenance_mut(at), iov_len };
+        for (list, buffer) in [
+            (&[iovec(110, 4), iovec(119, 1), iovec(115, 2)][..], Some(1)),
+            (&[iovec(110, 4), iovec(109, 1)], None),
+            (&[iovec(110, 4), iovec(115, 0)], None),
+            (&[iovec(110, 4), iovec(119, 2)], None),
+            (&[], None),
+        ] {
+            assert_eq!(pinned.buffer_of_all(list), buffer);
         }
     }
 }

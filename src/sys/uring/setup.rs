@@ -94,7 +94,8 @@ pub(super) fn ring(ops: u32, files: Files<'_>, ways: &[TaskRun]) -> io::Result<(
     let _ = submitter.register_iowq_max_workers(&mut [ops, 0]);
     // A kernel that does not know what is allowed here is older than 6.0.
     let unknown = |_| io::Error::from_raw_os_error(libc::EOPNOTSUPP);
-    submitter.register_restrictions(&mut restrictions()).map_err(unknown)?;
+    let pins = uring.params().is_feature_no_iowait();
+    submitter.register_restrictions(&mut restrictions(pins)).map_err(unknown)?;
     submitter.register_enable_rings()?;
     Ok((uring, task_run))
 }
@@ -116,9 +117,11 @@ fn best(ops: u32, ways: &[TaskRun]) -> io::Result<(IoUring, TaskRun)> {
     result
 }
 
-fn restrictions() -> [Restriction; 16] {
+/// With lists of pieces of registered memory only if the kernel `pins`, see [`pin`](super::Ring::pin): an older one does not know them, and
+/// refuses all restrictions if it is told of an operation that it does not know.
+fn restrictions(pins: bool) -> Vec<Restriction> {
     let fixed = squeue::Flags::FIXED_FILE.bits();
-    [
+    let mut allowed = vec![
         Restriction::sqe_op(opcode::Read::CODE),
         Restriction::sqe_op(opcode::Readv::CODE),
         Restriction::sqe_op(opcode::ReadFixed::CODE),
@@ -135,5 +138,10 @@ fn restrictions() -> [Restriction; 16] {
         Restriction::register_op(SYNC_CANCEL),
         Restriction::sqe_flags_allowed(fixed),
         Restriction::sqe_flags_required(fixed),
-    ]
+    ];
+    if pins {
+        let lists = [opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE];
+        allowed.extend(lists.map(Restriction::sqe_op));
+    }
+    allowed
 }
