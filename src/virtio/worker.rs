@@ -220,6 +220,11 @@ impl<D: Disk> Worker<D> {
             self.answer_all(vrings);
             let full = self.take_all(vrings);
             self.answer_all(vrings);
+            if !self.spin.look().is_zero() {
+                // There is no sleep whose system call this could go with. And who is woken below may take this CPU: then the disk has
+                // something to do meanwhile.
+                self.enter();
+            }
             self.notify_all(vrings, false);
             let settled = self.settle();
             let Some(disk) = &mut self.disk else {
