@@ -199,6 +199,7 @@ mod tests {
             zeroes_bytes: 4 << 20,
             punch_bytes: 256 << 20,
             lease_fresh: None,
+            raw: crate::engine::RawLimits::default(),
         }
     }
 

@@ -48,6 +48,9 @@ pub struct Status {
     pub queues: Vec<QueueThread>,
     /// Lease breaks served.
     pub lease_breaks: u64,
+    /// Of these, those that the kernel forced with raw I/O still in flight.
+    #[serde(default)]
+    pub forced_breaks: u64,
 }
 
 /// The extent map.

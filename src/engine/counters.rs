@@ -13,6 +13,11 @@ impl Counter {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
     }
 
+    /// Replaces the number. Only the owner may call it.
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Ordering::Relaxed);
+    }
+
     /// The number as it stands.
     #[must_use]
     pub fn get(&self) -> u64 {
@@ -44,4 +49,6 @@ pub struct Counters {
     pub zero: Counter,
     /// Segments that went through a bounce buffer (counted in `direct` or `file` as well).
     pub bounced: Counter,
+    /// Bytes of raw I/O in flight, kept up to date only while a drain waits for them.
+    pub draining: Counter,
 }

@@ -52,6 +52,7 @@ impl Small {
             zeroes_bytes: 4 << 20,
             punch_bytes: 256 << 20,
             lease_fresh: Some(Duration::from_secs(10)),
+            raw: crate::engine::RawLimits::default(),
         };
         let mut config = KeeperConfig {
             geometry,

@@ -221,6 +221,9 @@ pub enum Report {
     Refused(Refusal),
     /// A lease break took longer than half the lease-break time (R2a).
     SlowBreak,
+    /// The lease-break time is over and raw I/O is still in flight: the kernel has let the opener in
+    /// (R2b).
+    ForcedBreak,
     /// A flush failed; FLUSH fails until the session ends (R16).
     FlushFailed(i32),
     /// The whole map is loaded (`--populate all`).

@@ -23,6 +23,7 @@ pub mod keeper;
 pub mod locks;
 pub mod message;
 mod ops;
+pub mod pace;
 pub mod plan;
 pub mod request;
 pub mod rules;
@@ -36,6 +37,7 @@ use std::time::Duration;
 
 pub use io::{Completion, Io, Op, OpId, Tag};
 pub use keeper::Keeper;
+pub use pace::RawLimits;
 pub use rules::Rules;
 pub use worker::Worker;
 
@@ -70,4 +72,6 @@ pub struct Geometry {
     /// How long a confirmed lease counts before it is asked for again (R2a: a quarter of the
     /// lease-break time); `None` for a block device, which has no lease.
     pub lease_fresh: Option<Duration>,
+    /// Bounds of the raw I/O that a worker has in flight (R2b).
+    pub raw: RawLimits,
 }

@@ -16,11 +16,6 @@ pub(super) const EOPNOTSUPP: i32 = 95;
 /// How often an operation is tried again that the kernel says to try again.
 const RETRIES: u8 = 64;
 
-/// Most bytes of raw I/O that a worker has in flight. A lease break waits for them, and the guest
-/// chooses how large requests are: a slow disk has to be done with them long before the break is
-/// forced (R2, R21).
-pub(super) const RAW_BYTES: u64 = 64 << 20;
-
 /// An operation in flight and what it belongs to.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Running {
@@ -99,10 +94,6 @@ impl PieceOp {
             Route::Device(at) => Target::Device(at),
             Route::File | Route::Zero => Target::Image(self.piece.unit.start),
         }
-    }
-
-    fn raw_bytes(&self) -> u64 {
-        self.device().map_or(0, |_| self.piece.unit.len())
     }
 
     const fn device(&self) -> Option<DeviceOffset> {
@@ -189,8 +180,10 @@ impl Worker {
     /// Starts an operation; the caller has seen that there is room and a bounce buffer.
     pub(super) fn launch(&mut self, io: &mut impl Io, mut running: Running) {
         let Some(id) = self.ops.free.pop() else { return };
-        if let Running::Piece(op) = &running {
-            self.raw_bytes += op.raw_bytes();
+        if let Running::Piece(op) = &running
+            && op.device().is_some()
+        {
+            self.pace(op.write).started(io.lately(), op.piece.unit.len());
         }
         if let Running::Piece(op) = &mut running
             && op.piece.bounce
@@ -262,7 +255,7 @@ impl Worker {
             Err(_) if op.by_reference() => {
                 // What writing them says is the answer: the kernel refuses this for reasons of its own, such as
                 // pages of the device that it has yet to let go of.
-                self.give_back(id, &op);
+                self.give_back(io, id, &op, false);
                 return self.bounce_zeroes(io, op.tag, op.piece.range);
             }
             Ok(bytes) if bytes == left => return self.half_done(io, id, op),
@@ -290,7 +283,7 @@ impl Worker {
         // It may be here because the time that was told last was too long ago.
         let now = io.now();
         if op.device().is_some() && !self.lease_ours(io, now) {
-            self.give_back(id, &op);
+            self.give_back(io, id, &op, false);
             return self.piece_again(io, op.tag, op.rest());
         }
         self.start(io, id, Running::Piece(op));
@@ -310,14 +303,16 @@ impl Worker {
     }
 
     fn piece_end(&mut self, io: &mut impl Io, id: OpId, op: &PieceOp, ok: bool) {
-        self.give_back(id, op);
+        self.give_back(io, id, op, ok);
         self.piece_done(io, op.tag, ok);
     }
 
-    fn give_back(&mut self, id: OpId, op: &PieceOp) {
+    fn give_back(&mut self, io: &impl Io, id: OpId, op: &PieceOp, ok: bool) {
         self.ops.free.push(id);
         self.bounce.extend(op.bounce);
-        self.raw_bytes -= op.raw_bytes();
+        if op.device().is_some() {
+            self.pace(op.write).ended(io.lately(), op.piece.unit.len(), ok);
+        }
     }
 }
 

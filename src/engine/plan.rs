@@ -64,6 +64,8 @@ pub struct Access {
     pub mem_aligned: bool,
     /// Where it begins in the file: guest memory is counted from there.
     pub base: u64,
+    /// Most bytes of one raw operation (R2b); less than a filesystem block counts as one.
+    pub longest: u64,
 }
 
 impl Access {
@@ -138,6 +140,7 @@ fn first_piece(g: &Geometry, access: Access, rest: FileRange, extent: &Extent) -
     let run = FileRange::new(run.start, run.end.min(run.start + MAX_PIECE));
     match (extent.state, access.write) {
         (State::Mapped, _) | (State::Shared, false) => {
+            let run = at_most(run, access.longest, u64::from(g.fs_block));
             let block = if access.write { g.write_block } else { g.dev_block };
             let unit = unit_of(run, u64::from(block), u64::MAX);
             // The keeper caches whole blocks only, so a block lies in one extent. Were it ever
@@ -160,6 +163,14 @@ fn first_piece(g: &Geometry, access: Access, rest: FileRange, extent: &Extent) -
             cut(g, access, run, unit, Route::File)
         }
     }
+}
+
+/// The beginning of `run`, of no more than `longest` bytes but at least to the end of its first
+/// block; ends with a block unless it is all of `run`.
+fn at_most(run: FileRange, longest: u64, block: u64) -> FileRange {
+    let end = run.start.saturating_add(longest) & !(block - 1);
+    let least = (run.start & !(block - 1)).saturating_add(block);
+    FileRange::new(run.start, run.end.min(end.max(least)))
 }
 
 const fn opaque(range: FileRange) -> Extent {

@@ -23,6 +23,7 @@ fn geometry(fs_block: u32, (dev_block, write_block): (u32, u32), file_size: u64)
         zeroes_bytes: 4 << 20,
         punch_bytes: 256 << 20,
         lease_fresh: None,
+        raw: crate::engine::RawLimits::default(),
     }
 }
 
@@ -69,7 +70,7 @@ proptest! {
         let all = FileRange::new(start * 512, (start * 512 + sectors * 512).min(size));
         prop_assume!(!all.is_empty());
         let mut hint = Hint::default();
-        let access = Access { write, zeroes: false, locked: true, mem_aligned, base: 0 };
+        let access = Access { write, zeroes: false, locked: true, mem_aligned, base: 0, longest: u64::MAX };
         let mut rest = all;
         while !rest.is_empty() {
             let piece = next(&view, &g, access, rest, &mut hint).unwrap();
@@ -122,7 +123,7 @@ proptest! {
         let mode = if direct { Mode::Direct } else { Mode::Filesystem };
         let view = view(mode, 4096, &states);
         let all = FileRange::new(start * 512, (start * 512 + sectors * 512).min(BLOCKS * 4096));
-        let access = Access { write: true, zeroes: false, locked: false, mem_aligned: true, base: 0 };
+        let access = Access { write: true, zeroes: false, locked: false, mem_aligned: true, base: 0, longest: u64::MAX };
         let free = if direct {
             let blocks = all.start / 4096..all.end.div_ceil(4096);
             all.aligned(u64::from(write_block))
@@ -140,7 +141,14 @@ fn what_is_not_cached_is_asked_for_before_a_lock_is() {
     let g = geometry(4096, (512, 512), 1 << 20);
     let mut view = view(Mode::Direct, 4096, &[State::Hole; 4]);
     view.map.remove(FileRange::new(8192, 12288));
-    let access = Access { write: true, zeroes: false, locked: false, mem_aligned: true, base: 0 };
+    let access = Access {
+        write: true,
+        zeroes: false,
+        locked: false,
+        mem_aligned: true,
+        base: 0,
+        longest: u64::MAX,
+    };
     let mut hint = Hint::default();
     let mut ask = |start, end| next(&view, &g, access, FileRange::new(start, end), &mut hint).err();
     assert_eq!(ask(0, 16384), Some(Need::Map));
@@ -155,7 +163,14 @@ fn a_read_needs_no_more_than_its_beginning() {
     let mut view =
         view(Mode::Direct, 4096, &[State::Hole, State::Mapped, State::Shared, State::Opaque]);
     view.map.remove(FileRange::new(8192, 12288));
-    let access = Access { write: false, zeroes: false, locked: false, mem_aligned: true, base: 0 };
+    let access = Access {
+        write: false,
+        zeroes: false,
+        locked: false,
+        mem_aligned: true,
+        base: 0,
+        longest: u64::MAX,
+    };
     let mut hint = Hint::default();
     let mut ask = |start, end| next(&view, &g, access, FileRange::new(start, end), &mut hint).err();
     assert_eq!(ask(0, 16384), None);
@@ -170,7 +185,14 @@ fn a_read_needs_no_more_than_its_beginning() {
 fn a_file_that_ends_inside_a_sector() {
     let g = geometry(4096, (512, 512), 4096 + 700);
     let view = view(Mode::Direct, 4096, &[State::Mapped, State::Opaque]);
-    let access = Access { write: true, zeroes: false, locked: true, mem_aligned: true, base: 0 };
+    let access = Access {
+        write: true,
+        zeroes: false,
+        locked: true,
+        mem_aligned: true,
+        base: 0,
+        longest: u64::MAX,
+    };
     let last = FileRange::new(4096, 4096 + 512);
     for access in [access, Access { write: false, ..access }, Access { zeroes: true, ..access }] {
         let piece = next(&view, &g, access, last, &mut Hint::default()).unwrap();

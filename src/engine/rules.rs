@@ -17,6 +17,8 @@ pub struct Rules {
     pub(super) punch_rounded: bool,
     /// R10: what the map says of blocks that were written through the file is forgotten before the guest is told (ADR 0006).
     pub(super) forget: bool,
+    /// R2b: raw I/O in flight is bounded by what the device completes.
+    pub(super) pace: bool,
 }
 
 impl Default for Rules {
@@ -28,6 +30,7 @@ impl Default for Rules {
             still: true,
             punch_rounded: true,
             forget: true,
+            pace: true,
         }
     }
 }
@@ -68,5 +71,11 @@ impl Rules {
     #[must_use]
     pub fn without_forgetting() -> Self {
         Self { forget: false, ..Self::default() }
+    }
+
+    /// All rules but that raw I/O is bounded by the device's rate.
+    #[must_use]
+    pub fn without_pace() -> Self {
+        Self { pace: false, ..Self::default() }
     }
 }

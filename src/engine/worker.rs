@@ -20,6 +20,7 @@ use super::extent::Hint;
 use super::io::{BounceSlot, Io, Tag};
 use super::message::{ToKeeper, ToWorker};
 use super::ops::OpTable;
+use super::pace::Pace;
 use super::plan::{self, Need};
 use super::request::{Kind, Request, Status};
 use super::rules::Rules;
@@ -50,8 +51,8 @@ pub struct Worker {
     asking: u32,
     pub(super) ops: OpTable,
     pub(super) bounce: Vec<BounceSlot>,
-    /// Of raw I/O in flight.
-    pub(super) raw_bytes: u64,
+    /// Raw reads and raw writes in flight (R2b).
+    raw: [Pace; 2],
     parks: Vec<ParkOrder>,
     parked: VecDeque<Tag>,
     stalled: VecDeque<Tag>,
@@ -85,6 +86,8 @@ impl Worker {
         max_requests: u32,
     ) -> Self {
         let (version, view) = shared.latest();
+        let drain = geometry.lease_fresh.filter(|_| rules.pace);
+        let pace = || Pace::new(geometry.raw, drain);
         Self {
             geometry,
             rules,
@@ -99,7 +102,7 @@ impl Worker {
             asking: 0,
             ops: OpTable::new(geometry.ops),
             bounce: (0..geometry.bounce_slots).rev().map(BounceSlot).collect(),
-            raw_bytes: 0,
+            raw: [pace(), pace()],
             parks: Vec::new(),
             parked: VecDeque::new(),
             stalled: VecDeque::new(),
@@ -218,8 +221,14 @@ impl Worker {
 
     /// Reaps all finished operations and goes on with what they were for.
     pub fn reap(&mut self, io: &mut impl Io) {
-        while let Some(completion) = io.reap() {
+        let mut next = io.reap();
+        if next.is_some() {
+            // What has completed did so before now: its rate is not overrated (R2b).
+            io.now();
+        }
+        while let Some(completion) = next {
             self.completed(io, completion.id, completion.result);
+            next = io.reap();
         }
         self.pump(io);
     }
@@ -297,6 +306,12 @@ impl Worker {
         self.outbox.push_back(message);
     }
 
+    /// The raw I/O in flight in one direction.
+    pub(super) const fn pace(&mut self, write: bool) -> &mut Pace {
+        let [reads, writes] = &mut self.raw;
+        if write { writes } else { reads }
+    }
+
     fn room(&self) -> bool {
         self.ops.has_room() && !self.bounce.is_empty()
     }
@@ -338,7 +353,10 @@ impl Worker {
                 return;
             };
             let range = rest.round_out(u64::from(self.geometry.fs_block));
-            let access = pending.access();
+            let write = pending.request.kind.writes();
+            let zeroes = matches!(pending.request.kind, Kind::WriteZeroes { .. });
+            let [reads, writes] = &self.raw;
+            let access = pending.access(if write { writes } else { reads }.longest(zeroes));
             if !self.begun || self.lease_lost || self.parks.iter().any(|p| p.range.overlaps(&range))
             {
                 pending.phase = Phase::Parked;

@@ -429,6 +429,7 @@ fn a_guest_cannot_make_a_break_wait_for_more_than_a_few_seconds_of_raw_io() {
         zeroes_bytes: 4 << 20,
         punch_bytes: 256 << 20,
         lease_fresh: Some(Duration::from_secs(10)),
+        raw: crate::engine::RawLimits::default(),
     };
     let shared = Arc::new(Shared::new());
     let mut map = crate::engine::extent::ExtentMap::new();
@@ -444,7 +445,13 @@ fn a_guest_cannot_make_a_break_wait_for_more_than_a_few_seconds_of_raw_io() {
     }
     let mut done = 0;
     while !sink.0.is_empty() {
-        assert!(sink.0.len() as u64 * EACH <= 64 << 20, "{} in flight", sink.0.len());
+        let bytes = |(_, op): &(crate::engine::OpId, Op)| match op {
+            Op::Write(_, buf) => u64::from(buf.len()),
+            op => panic!("{op:?}"),
+        };
+        let in_flight: u64 = sink.0.iter().map(bytes).sum();
+        assert!(in_flight <= 32 << 20, "{in_flight} bytes in flight");
+        assert!(sink.0.iter().all(|op| bytes(op) <= 1 << 20), "an operation is too long");
         sink.1 = true;
         worker.reap(&mut sink);
         while let Some((_, status)) = worker.poll_done() {

@@ -219,6 +219,7 @@ fn geometry(
         zeroes_bytes: ZEROES_BYTES,
         punch_bytes: PUNCH_BYTES,
         lease_fresh: own.is_none().then_some(lease_break_time / 4),
+        raw: crate::engine::RawLimits::default(),
     })
 }
 

@@ -106,5 +106,6 @@ pub(super) fn status(
         },
         queues: counts.queues,
         lease_breaks: snapshot.lease_breaks,
+        forced_breaks: snapshot.forced_breaks,
     }
 }

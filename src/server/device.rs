@@ -5,9 +5,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::config::{Config, Mode};
-use crate::engine::Rules;
 use crate::engine::keeper::Start;
 use crate::engine::shared::Shared;
+use crate::engine::{Geometry, RawLimits, Rules};
 use crate::image::{Image, ModeChoice, Options};
 use crate::inbox::Poster;
 use crate::virtio::features::Topology;
@@ -52,7 +52,7 @@ pub(super) fn describe(
     let topology = image.topology();
     DeviceConfig {
         files: Arc::clone(image) as Arc<dyn Files>,
-        geometry: *image.geometry(),
+        geometry: Geometry { raw: RawLimits::of_one_in(config.threads), ..*image.geometry() },
         limits: *image.limits(),
         topology: Topology {
             physical_block: topology.physical_block,

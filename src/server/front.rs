@@ -236,6 +236,16 @@ impl Front {
         counts
     }
 
+    /// Bytes of raw I/O that a drain of all queues waits for.
+    pub(super) fn draining(&self) -> u64 {
+        match &self.slot {
+            Slot::Active { session, .. } | Slot::Draining { session, .. } => {
+                session.counters().iter().map(|counters| counters.draining.get()).sum()
+            }
+            Slot::Free => 0,
+        }
+    }
+
     /// Queue *i* is served by thread *i* mod N.
     fn thread(&self, index: usize, worker: WorkerId, counters: &Counters) -> QueueThread {
         let step = usize::from(self.device.threads).max(1);

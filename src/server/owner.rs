@@ -111,6 +111,9 @@ impl Owner {
                             (self.settled, self.direct) = (true, false);
                         }
                         Report::Unpinned => self.over_cap = !self.announced,
+                        Report::ForcedBreak => {
+                            forced_break(&self.image, front.map_or(0, Front::draining));
+                        }
                         Report::SlowBreak | Report::FlushFailed(_) | Report::Populated => {}
                     }
                     if self.announced {
@@ -174,6 +177,8 @@ impl Owner {
                     "the extent map has outgrown --max-extents; it is not kept whole any more"
                 );
             }
+            // Said where the bytes in flight are known.
+            Report::ForcedBreak => {}
             Report::SlowBreak => {
                 error!(
                     image,
@@ -191,4 +196,15 @@ impl Owner {
     pub(super) fn finish(self, patience: Duration) {
         self.toucher.finish(patience);
     }
+}
+
+/// A lease break was forced, and `bytes` of raw I/O can still reach the disk (R2b).
+fn forced_break(image: &Image, bytes: u64) {
+    let image = image_field(image.path());
+    error!(
+        image,
+        bytes_in_flight = bytes,
+        "the lease break was forced with raw I/O in flight: blocks that the opener frees now may be \
+         overwritten; run fsck on the host's filesystem, and see Limits in the README"
+    );
 }

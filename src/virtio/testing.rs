@@ -66,6 +66,7 @@ fn geometry() -> Geometry {
         zeroes_bytes: 4 << 20,
         punch_bytes: 256 << 20,
         lease_fresh: None,
+        raw: crate::engine::RawLimits::default(),
     }
 }
 

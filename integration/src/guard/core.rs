@@ -317,5 +317,6 @@ fn geometry() -> Geometry {
         zeroes_bytes: 4 << 20,
         punch_bytes: 256 << 20,
         lease_fresh: Some(Duration::from_secs(10)),
+        raw: extentd::engine::RawLimits::default(),
     }
 }

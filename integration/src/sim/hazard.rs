@@ -48,6 +48,8 @@ hazards! {
     NoPunch "filesystem that cannot punch",
     PagesLeft "pages left by a file write",
     NoPagesLeft "file write that left no pages",
+    SlowDevice "raw I/O on a slow device",
+    SlowBreak "break with raw in flight on a slow device",
     FormerBlock "raw write over a page of the block's former life",
 }
 

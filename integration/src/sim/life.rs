@@ -47,6 +47,10 @@ const INCIDENTS: &[(Incident, u64)] = &[
     (Incident::SwitchCache, 3),
 ];
 
+/// On a slow device mostly those that free blocks or move them.
+const MOVERS: &[(Incident, u64)] =
+    &[(Incident::Open(Errand::Punch), 1), (Incident::Open(Errand::Defragment), 1)];
+
 impl Sim {
     /// The whole run.
     pub(super) fn live(&mut self) {
@@ -62,7 +66,9 @@ impl Sim {
 
     fn phase(&mut self) {
         let most = if self.world.scenario.hot == 1 { 50 } else { 22 };
-        let requests = self.world.rng.range(3, most);
+        // Enough to keep a slow device busy for longer than a break may take.
+        let times = if self.world.scenario.slow_device.is_some() { 4 } else { 1 };
+        let requests = self.world.rng.range(3, most) * times;
         let span = self.world.rng.range(100, 20_000);
         for _ in 0..requests {
             let at = self.world.rng.below(span);
@@ -186,7 +192,9 @@ impl Sim {
     }
 
     pub(super) fn incident(&mut self) {
-        let Some(incident) = self.world.rng.weighted(INCIDENTS) else { return };
+        let slow = self.world.scenario.slow_device.is_some() && self.world.rng.chance(700);
+        let incidents = if slow { MOVERS } else { INCIDENTS };
+        let Some(incident) = self.world.rng.weighted(incidents) else { return };
         if self.world.peace {
             return;
         }

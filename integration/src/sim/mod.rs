@@ -28,6 +28,7 @@ mod pagecache;
 mod rng;
 mod run;
 mod scenario;
+mod slow;
 mod steps;
 mod wishes;
 mod world;

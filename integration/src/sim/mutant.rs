@@ -25,6 +25,8 @@ pub enum Mutant {
     PartialRawWrites,
     /// R10: a written hole stays a hole in the map.
     NoForgetting,
+    /// R2b: as much raw I/O is in flight on a slow device as on a fast one.
+    NoPace,
 }
 
 impl Mutant {
@@ -39,6 +41,7 @@ impl Mutant {
         Self::PunchUnrounded,
         Self::PartialRawWrites,
         Self::NoForgetting,
+        Self::NoPace,
     ];
 
     /// Whether it is a rule of the engine that it breaks; three of the mutants are the simulated world's.
@@ -55,6 +58,7 @@ impl Mutant {
             Some(Self::NoStillness) => Rules::without_stillness(),
             Some(Self::PunchUnrounded) => Rules::without_punch_rounding(),
             Some(Self::NoForgetting) => Rules::without_forgetting(),
+            Some(Self::NoPace) => Rules::without_pace(),
             Some(Self::NoCacheCheck | Self::NoFence | Self::PartialRawWrites) | None => {
                 Rules::default()
             }

@@ -210,7 +210,8 @@ impl World {
         let key = self.next_key;
         self.next_key += 1;
         self.ops.insert(key, flight);
-        let delay = self.op_delay();
+        let device = if class.is_raw() { self.device_delay(u64::from(len)) } else { 0 };
+        let delay = device + self.op_delay();
         self.after(delay, Event::Step(key));
         Poll::Pending
     }

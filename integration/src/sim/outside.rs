@@ -100,6 +100,9 @@ impl World {
         self.lease.breaking = Some(id);
         if self.raw_in_flight().next().is_some() {
             self.hit(Hazard::BreakWithRawInFlight);
+            if self.is_slow() {
+                self.hit(Hazard::SlowBreak);
+            }
         }
         if self.guest.waits_for_flush() {
             self.hit(Hazard::FlushDuringBreak);

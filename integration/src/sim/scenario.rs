@@ -9,6 +9,7 @@ use extentd::engine::units::{FileRange, SECTOR};
 
 use super::mutant::Mutant;
 use super::rng::Rng;
+use super::slow::{self, SlowDevice};
 
 /// `/proc/sys/fs/lease-break-time`, in microseconds.
 pub(super) const LEASE_BREAK: u64 = 1_000_000;
@@ -83,17 +84,28 @@ pub(super) struct Scenario {
     pub(super) barriers: bool,
     /// The kernel has cachestat(2) for those who must not wait.
     pub(super) cachestat: bool,
+    /// A device that is slow, or turns so (R2b).
+    pub(super) slow_device: Option<SlowDevice>,
     pub(super) mutant: Option<Mutant>,
 }
 
 impl Scenario {
     pub(super) fn new(rng: &mut Rng, mutant: Option<Mutant>) -> Self {
+        let slow = rng.chance(60);
+        let mut scenario = Self::drawn(rng, mutant, slow);
+        if slow && !scenario.identity() {
+            slow::slow_down(&mut scenario, rng);
+        }
+        scenario
+    }
+
+    fn drawn(rng: &mut Rng, mutant: Option<Mutant>, slow: bool) -> Self {
         let dev_block: u32 = if rng.chance(250) { 4096 } else { 512 };
         let fs_block: u32 = if dev_block == 512 && rng.chance(300) { 1024 } else { 4096 };
         let spb = usize::try_from(u64::from(fs_block) / SECTOR).unwrap_or(1);
         // Now and then an image of more extents than the map may hold.
         let vast = fs_block == 1024 && rng.chance(200);
-        let blocks = if vast { 700 } else { 10 + rng.index(40) };
+        let blocks = if vast { 700 } else { slow::blocks(slow, rng) };
         let tail = if dev_block == 512 && rng.chance(300) { rng.index(spb) } else { 0 };
         let sectors = blocks * spb + tail;
         let start = match rng.below(40) {
@@ -150,6 +162,7 @@ impl Scenario {
             barriers: !rng.chance(150),
             strict: rng.chance(150),
             cachestat: !rng.chance(150),
+            slow_device: None,
             mutant,
         }
     }
@@ -188,6 +201,7 @@ fn geometry(rng: &mut Rng, file_size: u64, blocks: (u32, u32), identity: bool) -
         zeroes_bytes: u64::from(fs_block) << rng.below(3),
         punch_bytes: u64::from(fs_block) << rng.below(5),
         lease_fresh: (!identity).then_some(Duration::from_micros(LEASE_BREAK / 4)),
+        raw: extentd::engine::RawLimits::default(),
     }
 }
 

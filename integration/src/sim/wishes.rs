@@ -74,6 +74,7 @@ impl World {
         let window = self.window();
         let spb = self.host.spb;
         let len = match self.rng.below(10) {
+            _ if self.scenario.slow_device.is_some() => 1 + self.rng.index(self.scenario.longest),
             0..5 => 1 + self.rng.index(spb),
             5..8 => 1 + self.rng.index(4 * spb),
             8 => spb * (1 + self.rng.index(3)),

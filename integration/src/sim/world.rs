@@ -151,6 +151,8 @@ pub(super) struct World {
     pub(super) model: Model,
     pub(super) jobs: Jobs,
     pub(super) hazards: Hazards,
+    /// When a slow device is done with what it has been given.
+    pub(super) device_free: u64,
     /// Raw operations ever started.
     pub(super) raw: u64,
     /// Raw accesses that the design page documents as unavoidable (R5a).
@@ -185,6 +187,7 @@ impl World {
             model,
             jobs: Jobs::default(),
             hazards: Hazards::default(),
+            device_free: 0,
             raw: 0,
             residue: 0,
             events: 0,

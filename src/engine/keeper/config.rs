@@ -76,6 +76,8 @@ pub struct Snapshot {
     pub evictions: u64,
     /// Lease breaks seen.
     pub lease_breaks: u64,
+    /// Of these, those that the kernel forced with raw I/O still in flight.
+    pub forced_breaks: u64,
     /// Flushes asked for, write-through writes included.
     pub flush_requests: u64,
     /// Device cache flushes ordered.

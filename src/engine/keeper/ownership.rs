@@ -38,8 +38,9 @@ pub(super) enum Ownership {
     Confirming { job: JobId, park: Option<ParkId>, since: Duration },
     /// We, by lease.
     Direct,
-    /// We still, until raw I/O has ended.
-    Leaving { since: Duration, why: Why, reported: bool, slow_after: Duration },
+    /// We still, until raw I/O has ended. `half`: of lease-break-time; `reports`: how many of these
+    /// have passed and were reported.
+    Leaving { since: Duration, why: Why, reports: u32, half: Duration },
 }
 
 impl Ownership {
@@ -49,7 +50,9 @@ impl Ownership {
             Self::Gathering { since, .. } | Self::Confirming { park: Some(_), since, .. } => {
                 Some(*since + PATIENCE)
             }
-            Self::Leaving { since, reported: false, slow_after, .. } => Some(*since + *slow_after),
+            Self::Leaving { since, reports: reports @ 0..2, half, .. } => {
+                Some(*since + *half * (*reports + 1))
+            }
             _ => None,
         }
     }
@@ -207,16 +210,15 @@ impl Keeper {
             Ownership::Direct => {
                 let calm = now.saturating_sub(self.direct_since) > CALM;
                 self.breaks = if calm { 1 } else { self.breaks + 1 };
-                let slow_after = self.config.lease_break_time / 2;
-                self.ownership =
-                    Ownership::Leaving { since: now, why, reported: false, slow_after };
+                let half = self.config.lease_break_time / 2;
+                self.ownership = Ownership::Leaving { since: now, why, reports: 0, half };
                 self.park(now, FileRange::ALL, Drain::Raw, Parking::Leave);
             }
-            Ownership::Leaving { since, why: old, reported, slow_after } => {
+            Ownership::Leaving { since, why: old, reports, half } => {
                 // What is for good wins.
                 let for_good = matches!(old, Why::Mismatch | Why::SizeChanged | Why::Stopping);
                 let why = if for_good { old } else { why };
-                self.ownership = Ownership::Leaving { since, why, reported, slow_after };
+                self.ownership = Ownership::Leaving { since, why, reports, half };
             }
             Ownership::Entering { .. }
             | Ownership::Gathering { .. }
@@ -278,11 +280,18 @@ impl Keeper {
                 self.breaks += 1;
                 self.cancel_entry(now);
             }
-            Ownership::Leaving { since, reported: reported @ false, slow_after, .. }
-                if *since + *slow_after <= now =>
+            Ownership::Leaving { since, reports: reports @ 0..2, half, why }
+                if *since + *half * (*reports + 1) <= now =>
             {
-                *reported = true;
-                self.report(Report::SlowBreak);
+                *reports += 1;
+                // Only somebody who waits for the lease is let in; nobody does when we end.
+                let broken = *why == Why::LeaseBroken;
+                if *reports == 1 {
+                    self.report(Report::SlowBreak);
+                } else if broken {
+                    self.counts.forced_breaks += 1;
+                    self.report(Report::ForcedBreak);
+                }
             }
             _ => {}
         }

@@ -10,6 +10,7 @@ use crate::engine::barrier::Generation;
 use crate::engine::io::{Io, OpId};
 use crate::engine::message::{Drain, ParkId, ToKeeper};
 use crate::engine::ops::Running;
+use crate::engine::pace::Pace;
 use crate::engine::plan::Route;
 use crate::engine::units::{DeviceOffset, FileRange};
 
@@ -87,7 +88,7 @@ impl Worker {
         }
     }
 
-    /// Answers the park orders whose drain is reached.
+    /// Answers the park orders whose drain is reached, and says what the others wait for.
     pub(in crate::engine) fn answer_parks(&mut self) {
         for park in self.parks.iter_mut().filter(|park| !park.answered) {
             let busy = |op: &Running| {
@@ -101,6 +102,7 @@ impl Worker {
                 self.outbox.push_back(ToKeeper::Parked(park.id));
             }
         }
+        self.counters.draining.set(self.raw.iter().map(Pace::in_flight).sum());
     }
 
     /// Whether any park order waits for something.

@@ -70,8 +70,9 @@ impl Pending {
         self.later.clear();
     }
 
-    pub(super) const fn access(&self) -> Access {
+    pub(super) const fn access(&self, longest: u64) -> Access {
         Access {
+            longest,
             write: self.request.kind.writes(),
             zeroes: matches!(self.request.kind, Kind::WriteZeroes { .. }),
             locked: self.locked,

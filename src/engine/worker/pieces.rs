@@ -18,9 +18,7 @@ impl Worker {
         piece: Piece,
     ) -> bool {
         let raw = matches!(piece.route, Route::Device(_));
-        let crowded = raw
-            && self.raw_bytes > 0
-            && self.raw_bytes.saturating_add(piece.unit.len()) > ops::RAW_BYTES;
+        let crowded = raw && !self.pace(access.write).admits(io.lately(), piece.unit.len());
         let stalled = crowded || !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
         // Zeros too: nobody may have filled the hole since the map was read (R2a). They start and end here.
         let mapped = piece.route != Route::File;

@@ -63,6 +63,7 @@ impl Script {
             zeroes_bytes: 4096,
             punch_bytes: 8192,
             lease_fresh: Some(Duration::from_micros(LEASE_BREAK / 4)),
+            raw: extentd::engine::RawLimits::default(),
         };
         Scenario {
             start: Start::Eligible,
