@@ -14,6 +14,7 @@ mod gather;
 mod operation;
 mod pinned;
 mod setup;
+mod slot;
 mod watch;
 
 use std::cell::Cell;
@@ -29,27 +30,18 @@ use super::buffer::{BouncePool, Buffers, GuestBuffers};
 use super::page_cache;
 use crate::engine::io::{Buf, Target};
 use crate::engine::units::FileRange;
-use crate::engine::{Completion, Geometry, Io, Op, OpId, Tag};
+use crate::engine::{Completion, Geometry, Io, Op, OpId};
 pub use enter::Sleep;
 use gather::Gather;
 use operation::Way;
 use pinned::Pinned;
 use setup::TaskRun;
+use slot::{Queued, Slot};
 pub use watch::Hear;
 use watch::Watch;
 
 /// iovecs an operation keeps room for when it is done.
 const KEEP_IOVECS: usize = 256;
-
-/// An operation's place; `taken` from `submit` until `reap` returns it.
-#[derive(Debug, Default)]
-struct Slot {
-    taken: bool,
-    /// Whose data it reads or writes, if a guest's.
-    pinned: Option<Tag>,
-    /// What a vectored operation points the kernel to. Never touched while `taken`.
-    iovecs: Vec<libc::iovec>,
-}
 
 /// One io_uring, for one thread: [`Io`] for the worker that runs there.
 ///
@@ -73,9 +65,8 @@ pub struct Ring {
     slots: Box<[Slot]>,
     /// The guest memory that is registered.
     pinned: Option<Pinned>,
-    /// Entries of the submission queue that the kernel has not taken yet, oldest first: the operation,
-    /// or none for a watch.
-    queued: VecDeque<Option<OpId>>,
+    /// Entries of the submission queue that the kernel has not taken yet, oldest first.
+    queued: VecDeque<Queued>,
     /// Raw operations, which go into the submission queue only when it is handed over.
     raw: Vec<(squeue::Entry, OpId)>,
     /// The time that was told last when the first of these was queued, at which their lease was looked at or later.
@@ -102,7 +93,10 @@ pub struct Ring {
     /// Whether to sleep for several completions.
     gather: Gather,
     image: OwnedFd,
-    device: bool,
+    /// The same for the device: for the time after [`bar_device`](Self::bar_device).
+    device: Option<OwnedFd>,
+    /// The device is no fixed file at the moment.
+    barred: bool,
     /// The kind of lease that `ConfirmLease` wants to see.
     lease: Option<libc::c_int>,
 }
@@ -188,7 +182,8 @@ impl Ring {
             gather: Gather::new(gathers),
             // A duplicate, not a second open: the same description (R1), whoever closes the other.
             image: image.try_clone_to_owned()?,
-            device: device.is_some(),
+            device: device.map(|device| device.try_clone_to_owned()).transpose()?,
+            barred: false,
             lease: lease.then_some(kind),
         })
     }
@@ -203,7 +198,9 @@ impl Ring {
     /// Operations taken by `submit` and not yet returned by `reap`.
     #[must_use]
     pub fn in_flight(&self) -> u32 {
-        let waiting = self.queued.iter().flatten().count() + self.raw.len() + self.failed.len();
+        let waiting = self.queued.iter().filter(|entry| entry.op().is_some()).count()
+            + self.raw.len()
+            + self.failed.len();
         u32::try_from(waiting).unwrap_or(u32::MAX).saturating_add(self.submitted)
     }
 
@@ -211,7 +208,7 @@ impl Ring {
     fn end(&mut self, id: OpId) -> bool {
         let slot = usize::try_from(id.0).ok().and_then(|index| self.slots.get_mut(index));
         let Some(slot) = slot.filter(|slot| slot.taken) else { return false };
-        slot.taken = false;
+        (slot.taken, slot.barred) = (false, false);
         slot.iovecs.clear();
         slot.iovecs.shrink_to(KEEP_IOVECS);
         if let Some(tag) = slot.pinned.take() {
@@ -225,7 +222,10 @@ impl Ring {
             self.heard(entry);
             return None;
         }
-        let id = u32::try_from(entry.user_data()).ok().map(OpId).filter(|id| self.end(*id));
+        let id = u32::try_from(entry.user_data()).ok().map(OpId);
+        let slot = id.and_then(|id| self.slots.get(usize::try_from(id.0).ok()?));
+        let barred = slot.is_some_and(|slot| slot.barred) && entry.result() == -libc::EBADF;
+        let id = id.filter(|id| self.end(*id));
         let Some(id) = id else {
             // Cannot happen: every entry names its slot. If it does, the safe thing is to hold on
             // to all memory, which is what ignoring it means.
@@ -233,7 +233,8 @@ impl Ring {
             return None;
         };
         self.submitted = self.submitted.saturating_sub(1);
-        Some(Completion { id, result: entry.result() })
+        let result = if barred { -libc::EAGAIN } else { entry.result() };
+        Some(Completion { id, result })
     }
 
     fn lease_held(&self) -> bool {
@@ -265,7 +266,7 @@ impl Ring {
             self.raw.push((entry, id));
         } else {
             self.push(&entry)?;
-            self.queued.push_back(Some(id));
+            self.queued.push_back(Queued::Op(id));
         }
         let slot = usize::try_from(id.0).ok().and_then(|index| self.slots.get_mut(index));
         if let Some(slot) = slot {
@@ -287,16 +288,26 @@ impl Ring {
         let (way, target, buf) = match op {
             Op::Read(target, buf) => (Way::Read, target, buf),
             Op::Write(target, buf) => (Way::Write, target, buf),
-            Op::Zeroes(target, len) => return operation::zeroes(target, len, self.device),
+            Op::Zeroes(target, len) => {
+                return operation::zeroes(target, len, self.device.is_some());
+            }
             Op::SyncImage => return Some(operation::sync_image()),
             Op::SyncDevice(offset, len) => {
-                return operation::sync_device(offset, len, self.device);
+                return operation::sync_device(offset, len, self.device.is_some());
             }
             Op::Zero(_) | Op::Copy { .. } | Op::ConfirmLease | Op::CachedPages(_) => return None,
         };
         let spans = self.buffers.spans(buf)?;
         let pinned = self.pinned.as_ref();
-        operation::transfer(way, target, buf.len(), self.device, spans, pinned, &mut slot.iovecs)
+        operation::transfer(
+            way,
+            target,
+            buf.len(),
+            self.device.is_some(),
+            spans,
+            pinned,
+            &mut slot.iovecs,
+        )
     }
 
     fn push(&mut self, entry: &squeue::Entry) -> Result<(), i32> {

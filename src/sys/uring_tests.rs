@@ -14,6 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::setup::TaskRun;
 use super::*;
+use crate::engine::Tag;
 use crate::engine::io::{BounceSlot, Target};
 use crate::engine::units::DeviceOffset;
 use crate::sys::buffer::Memory;
@@ -559,7 +560,7 @@ fn nothing_but_reads_writes_and_syncs_of_fixed_files_is_possible() {
         io_uring::opcode::Close::new(io_uring::types::Fixed(0)).build(),
     ] {
         ring.slots[0].taken = true;
-        ring.queued.push_back(Some(OpId(0)));
+        ring.queued.push_back(Queued::Op(OpId(0)));
         // SAFETY: the entry points to no memory.
         unsafe { ring.uring.0.submission().push(&entry.user_data(0)) }.unwrap();
         assert_eq!(finish(&mut ring), [Completion { id: OpId(0), result: -libc::EACCES }]);
@@ -835,6 +836,64 @@ fn raw_operations_are_held_back_if_the_look_at_the_lease_was_long_ago() {
     let done = results(&mut ring);
     assert!(done[0] == 8192 && done[1] == 8192 && done[3] == 8192, "{done:?}");
     assert!(on_disk().iter().all(|byte| *byte != 0xee));
+}
+
+/// R2a: what the kernel did not take at once goes out only under another look at the lease.
+#[test]
+fn raw_operations_left_in_the_queue_go_out_only_if_the_lease_is_still_ours() {
+    let image = Image::new();
+    let Some(device) = loop_device(&image) else {
+        eprintln!("skipped: not root");
+        return;
+    };
+    let leased = Image::new();
+    let file = leased.open(true);
+    let mut ring = Ring::new(file.as_fd(), Some(device.as_fd()), &GEOMETRY, true, 0).unwrap();
+    let memory = ram();
+    memory.write_slice(&fill(4, 8192), GuestAddress(RAM)).unwrap();
+    set(&mut ring, 0, &memory, &[(0, 8192)]);
+    set(&mut ring, 1, &memory, &[(8192, 8192)]);
+    let on_disk = || {
+        let mut bytes = vec![0; 8192];
+        File::open(&image.path).unwrap().read_exact_at(&mut bytes, 4096).unwrap();
+        bytes
+    };
+    // Into the submission queue, as if the kernel had then refused to take anything.
+    let leave = |ring: &mut Ring| {
+        ring.now();
+        let write = Op::Write(Target::Device(DeviceOffset(4096)), guest(0, 0, 8192));
+        assert!(ring.submit(OpId(0), write).is_pending());
+        assert!(ring.submit(OpId(1), Op::Read(Target::Image(0), guest(1, 0, 8192))).is_pending());
+        ring.release_raw();
+        assert!(ring.queued.contains(&Queued::Raw(OpId(0))));
+    };
+    let results = |ring: &mut Ring| {
+        let mut done = finish(ring);
+        done.sort_by_key(|done| done.id);
+        done.iter().map(|done| done.result).collect::<Vec<_>>()
+    };
+    for enter in
+        [|ring: &mut Ring| ring.enter().unwrap(), |ring: &mut Ring| ring.wait(Sleep::Any).unwrap()]
+    {
+        set_lease(&file, libc::F_WRLCK);
+        leave(&mut ring);
+        // Whether it was taken from us or given up: it is no longer ours.
+        set_lease(&file, libc::F_UNLCK);
+        enter(&mut ring);
+        assert_eq!(results(&mut ring), [-libc::EAGAIN, 8192]);
+        assert!(on_disk().iter().all(|byte| *byte == 0xee), "written");
+    }
+    // With the lease they go out, and so does everything after a time without it.
+    set_lease(&file, libc::F_WRLCK);
+    leave(&mut ring);
+    ring.enter().unwrap();
+    assert_eq!(results(&mut ring), [8192, 8192]);
+    assert!(on_disk() == fill(4, 8192), "not written");
+    memory.write_slice(&fill(5, 8192), GuestAddress(RAM)).unwrap();
+    ring.now();
+    let write = Op::Write(Target::Device(DeviceOffset(4096)), guest(0, 0, 8192));
+    assert_eq!(run(&mut ring, write), 8192);
+    assert!(on_disk() == fill(5, 8192), "not written");
 }
 
 /// R14: what else is dirty on the device, the host filesystem's blocks, is not pushed out.

@@ -2,12 +2,14 @@
 //! A ring's dealings with the kernel: entering it, sleeping in it, leaving it.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use io_uring::EnterFlags;
 use io_uring::types::{SubmitArgs, Timespec};
 
-use super::{Ring, errno};
+use super::setup::{DEVICE, NO_FILE};
+use super::{Queued, Ring, errno};
 use crate::engine::{Completion, Io};
 
 /// How often an `io_uring_enter` is repeated at once before other work gets its turn.
@@ -117,7 +119,8 @@ impl Ring {
     ///
     /// `fresh` is a quarter of the lease-break time. The lease was seen at most so long before `checked`, and that is no
     /// longer ago: of the time after which a break is forced, half is left at least.
-    fn release_raw(&mut self) {
+    pub(super) fn release_raw(&mut self) {
+        self.check_left();
         if self.raw.is_empty() {
             return;
         }
@@ -127,16 +130,59 @@ impl Ring {
         for (entry, id) in raw.drain(..) {
             let pushed = match self.broken {
                 Some(error) => Err(-error),
-                None if stale => Err(-libc::EAGAIN),
+                None if stale || self.barred => Err(-libc::EAGAIN),
                 None => self.push(&entry),
             };
             match pushed {
-                Ok(()) => self.queued.push_back(Some(id)),
+                Ok(()) => self.queued.push_back(Queued::Raw(id)),
                 Err(result) => self.failed.push_back(Completion { id, result }),
             }
         }
         // Its room is kept: nothing was added meanwhile.
         self.raw = raw;
+    }
+
+    /// Raw operations that the kernel did not take when it was last entered (it was short of memory, or had
+    /// completions to get rid of first) were released by a look at the lease that is over: it is looked at
+    /// again, and if it is not ours they must not go out any more (R2a).
+    ///
+    /// An entry cannot be taken back from the submission queue. What it names can: with the device no longer
+    /// a fixed file, the kernel answers each with EBADF, which [`accept`](Self::accept) turns into EAGAIN.
+    fn check_left(&mut self) {
+        let left = |ring: &Self| ring.queued.iter().any(|entry| matches!(entry, Queued::Raw(_)));
+        if self.queued.is_empty() || self.lease.is_none() || !left(self) {
+            // The kernel has looked all of them up.
+            self.unbar_device();
+        } else if self.broken.is_none() && !self.barred && !self.lease_held() {
+            self.bar_device();
+        }
+    }
+
+    fn bar_device(&mut self) {
+        let raw = self.queued.iter().filter_map(|entry| match entry {
+            Queued::Raw(id) => usize::try_from(id.0).ok(),
+            Queued::Watch | Queued::Op(_) => None,
+        });
+        for index in raw {
+            if let Some(slot) = self.slots.get_mut(index) {
+                slot.barred = true;
+            }
+        }
+        match self.uring.0.submitter().register_files_update(DEVICE, &[NO_FILE]) {
+            Ok(_) => self.barred = true,
+            // Nothing goes out any more, which is what matters.
+            Err(error) => self.give_up(error.raw_os_error().unwrap_or(libc::EIO)),
+        }
+    }
+
+    fn unbar_device(&mut self) {
+        if !self.barred {
+            return;
+        }
+        let Some(device) = &self.device else { return };
+        let files = [device.as_raw_fd()];
+        // If not now, then the next time; raw operations end with EAGAIN until then.
+        self.barred = self.uring.0.submitter().register_files_update(DEVICE, &files).is_err();
     }
 
     /// Enters until the kernel has taken everything queued, or takes nothing more for now.
@@ -147,7 +193,10 @@ impl Ring {
             return;
         }
         self.release_raw();
-        for _ in 0..ENTER_TRIES {
+        for tried in 0..ENTER_TRIES {
+            if tried > 0 {
+                self.check_left();
+            }
             match self.call(self.queued.len(), 0, None) {
                 Ok(taken) => self.took(taken),
                 Err(libc::EINTR) => {}
@@ -195,8 +244,8 @@ impl Ring {
         let count = count.min(self.queued.len());
         for entry in self.queued.drain(..count) {
             match entry {
-                Some(_) => self.submitted += 1,
-                None => self.polls += 1,
+                Queued::Op(_) | Queued::Raw(_) => self.submitted += 1,
+                Queued::Watch => self.polls += 1,
             }
         }
     }
@@ -207,7 +256,7 @@ impl Ring {
         self.broken = Some(error);
         self.untold = Some(error);
         let raw = self.raw.drain(..).map(|(_, id)| id);
-        let queued = self.queued.drain(..).flatten().chain(raw);
+        let queued = self.queued.drain(..).filter_map(Queued::op).chain(raw);
         self.failed.extend(queued.map(|id| Completion { id, result: -error }));
     }
 

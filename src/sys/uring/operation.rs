@@ -5,6 +5,7 @@ use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{opcode, squeue};
 
 use super::pinned::Pinned;
+use super::setup;
 use crate::engine::io::Target;
 use crate::engine::units::DeviceOffset;
 use crate::sys::buffer::{Span, Spans};
@@ -12,7 +13,7 @@ use crate::sys::buffer::{Span, Spans};
 /// The image's place among the fixed files.
 const IMAGE: Fixed = Fixed(0);
 /// The device's.
-const DEVICE: Fixed = Fixed(1);
+const DEVICE: Fixed = Fixed(setup::DEVICE);
 /// The kernel's UIO_MAXIOV. A longer list is cut there, which looks like any short transfer.
 const MAX_IOVECS: usize = 1024;
 

@@ -32,6 +32,9 @@ pub(super) struct Files<'a> {
     pub(super) watches: usize,
 }
 
+/// The device's place.
+pub(super) const DEVICE: u32 = 1;
+
 /// The place of the first watched file.
 pub(super) const FIRST_WATCHED: usize = 2;
 

@@ -10,9 +10,9 @@ use std::os::fd::RawFd;
 use io_uring::types::{CancelBuilder, Fixed};
 use io_uring::{cqueue, opcode};
 
-use super::Ring;
 use super::enter::BREATH;
 use super::setup::{FIRST_WATCHED, NO_FILE};
+use super::{Queued, Ring};
 
 /// Marks the `user_data` of a watch; operations' are below 2^32.
 const WATCH: u64 = 1 << 63;
@@ -107,7 +107,7 @@ impl Ring {
                 self.uneasy = true;
                 return;
             }
-            self.queued.push_back(None);
+            self.queued.push_back(Queued::Watch);
             if let Some(watch) = self.watches.get_mut(place) {
                 watch.armed = true;
             }
