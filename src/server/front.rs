@@ -3,12 +3,10 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec};
 use tracing::{info, warn};
 
 use crate::control::status::{QueueThread, Requests, Segments};
@@ -43,7 +41,6 @@ enum Slot {
     Free,
     Active {
         session: Session,
-        peer: UnixStream,
         workers: BTreeSet<WorkerId>,
     },
     Draining {
@@ -91,8 +88,8 @@ impl Front {
     /// Somebody connects. Returns the workers of a new session: the keeper must know them before
     /// it hears of them.
     pub(super) fn accept(&mut self, poll: &Poll, now: Duration) -> BTreeSet<WorkerId> {
-        if let Slot::Active { peer, .. } = &self.slot
-            && hung_up(peer)
+        if let Slot::Active { session, .. } = &self.slot
+            && session.hung_up()
         {
             // The session that is there is over and only does not know it yet: the next frontend
             // waits for its end, it is not refused.
@@ -125,7 +122,6 @@ impl Front {
 
     /// Begins a session; returns its workers.
     pub(super) fn begin(&mut self, stream: UnixStream) -> io::Result<BTreeSet<WorkerId>> {
-        let peer = stream.try_clone()?;
         let first = WorkerId(self.next_worker);
         // Also those of a session that fails to start are not used again.
         self.next_worker = self.next_worker.saturating_add(self.device.threads.into());
@@ -133,7 +129,7 @@ impl Front {
         info!("frontend connected");
         self.sessions += 1;
         let workers: BTreeSet<WorkerId> = session.workers().collect();
-        self.slot = Slot::Active { session, peer, workers: workers.clone() };
+        self.slot = Slot::Active { session, workers: workers.clone() };
         Ok(workers)
     }
 
@@ -155,13 +151,12 @@ impl Front {
         }
     }
 
-    /// The session is to end: no more requests, and those it has are carried out.
+    /// The session is to end: no more requests, and those it has are carried out. The frontend sees the end in
+    /// [`finish`](Self::finish), when they have been published.
     pub(super) fn end(&mut self, poll: &Poll, now: Duration) {
         match std::mem::replace(&mut self.slot, Slot::Free) {
-            Slot::Active { session, workers, peer } => {
+            Slot::Active { session, workers } => {
                 self.close(poll);
-                // The frontend sees the end when the session closes its own copy.
-                drop(peer);
                 session.quiesce();
                 let (waiting, say_at) = (workers.clone(), now + DRAIN_QUIET);
                 self.slot = Slot::Draining { session, workers, waiting, since: now, say_at };
@@ -277,13 +272,4 @@ impl Front {
             warn!("still waiting for I/O of {} queue threads after {seconds:.1} s", waiting.len());
         }
     }
-}
-
-/// Whether the other end has closed.
-fn hung_up(stream: &UnixStream) -> bool {
-    let mut fds = [PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::RDHUP)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let end = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-    rustix::event::poll(&mut fds, Some(&now)).is_ok()
-        && fds.iter().any(|fd| fd.revents().intersects(end))
 }

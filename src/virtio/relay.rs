@@ -96,8 +96,8 @@ pub(crate) trait Hooks: Send + Sync {
 /// Both connections, and the way to end them.
 #[derive(Debug)]
 pub(crate) struct Relay {
-    /// The frontend.
-    pub(crate) front: UnixStream,
+    /// The frontend. The session's: a relay that ends leaves it open.
+    pub(crate) front: Arc<UnixStream>,
     /// The crate.
     pub(crate) back: UnixStream,
     /// Readable when the session is to end.

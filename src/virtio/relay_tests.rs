@@ -72,7 +72,7 @@ fn rig(hooks: Recorder) -> Rig {
     }
     let exit = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
     let hooks = Arc::new(hooks);
-    let relay = Relay { front: relay_front, back: relay_back, exit: Arc::clone(&exit) };
+    let relay = Relay { front: Arc::new(relay_front), back: relay_back, exit: Arc::clone(&exit) };
     let told = Arc::clone(&hooks);
     let relay = std::thread::spawn(move || relay.run(&*told));
     Rig { front, back, exit, hooks, relay }

@@ -8,7 +8,7 @@
 
 use std::fs::DirBuilder;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, mpsc::Sender};
 use std::thread::JoinHandle;
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use vm_memory::GuestMemoryAtomic;
@@ -110,6 +110,10 @@ pub struct Session {
     daemon: Option<Daemon>,
     relay: Option<JoinHandle<()>>,
     exit: Arc<OwnedFd>,
+    /// The frontend's connection, of which this process has no other descriptor. It is closed with the session, when the
+    /// last request has been published: the used index that a frontend finds when its connection ends is where it goes
+    /// on from, and what was published later would be answered twice.
+    front: Arc<UnixStream>,
 }
 
 impl std::fmt::Debug for Session {
@@ -146,8 +150,9 @@ impl Session {
                 return Err(io::Error::other(error.to_string()));
             }
         };
-        let mut session = Self { backend, daemon: Some(daemon), relay: None, exit };
-        match session.begin(stream, mailboxes, inbox) {
+        let front = Arc::new(stream);
+        let mut session = Self { backend, daemon: Some(daemon), relay: None, exit, front };
+        match session.begin(mailboxes, inbox) {
             Ok(()) => Ok(session),
             Err(error) => {
                 session.quiesce();
@@ -195,6 +200,16 @@ impl Session {
         }
     }
 
+    /// Whether the frontend has closed its end.
+    #[must_use]
+    pub fn hung_up(&self) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(self.front.as_fd(), PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let end = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        rustix::event::poll(&mut fds, Some(&now)).is_ok()
+            && fds.iter().any(|fd| fd.revents().intersects(end))
+    }
+
     /// Ends it: joins every thread and closes every fd. To be called once every worker is
     /// quiesced; before that it would wait for the requests in flight.
     pub fn finish(mut self) {
@@ -202,12 +217,7 @@ impl Session {
     }
 
     /// Brings up the workers, then the connection.
-    fn begin(
-        &mut self,
-        stream: UnixStream,
-        mailboxes: Vec<Mailbox<Mail>>,
-        inbox: Poster,
-    ) -> io::Result<()> {
+    fn begin(&mut self, mailboxes: Vec<Mailbox<Mail>>, inbox: Poster) -> io::Result<()> {
         let Some(daemon) = &mut self.daemon else { return Ok(()) };
         // Only now: later this would wait for a `stop_vring` that waits for the disk.
         let handlers = daemon.get_epoll_handlers();
@@ -225,7 +235,8 @@ impl Session {
             wait.recv().map_err(|_| io::Error::other("a worker thread ended"))??;
         }
         let back = connect(daemon)?;
-        let relay = Relay { front: stream, back, exit: Arc::clone(&self.exit) };
+        let front = Arc::clone(&self.front);
+        let relay = Relay { front, back, exit: Arc::clone(&self.exit) };
         let backend = Arc::clone(&self.backend);
         let run = move || {
             let _named = backend.span.enter();

@@ -2,12 +2,16 @@
 //! A frontend whose every message and ring entry is the test's own doing, over `vhost`'s `Frontend`.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
 };
@@ -193,6 +197,24 @@ impl Frontend {
         let room = vec![0; usize::try_from(len).map_err(io::Error::other)?];
         let flags = VhostUserConfigFlags::empty();
         Ok(self.wire.get_config(offset, len, flags, &room).map_err(context("GET_CONFIG"))?.1)
+    }
+
+    /// Sends a message that the methods above cannot say: its request number, payload and descriptors as they are given.
+    pub fn send_raw(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let len = u32::try_from(payload.len()).map_err(io::Error::other)?;
+        let header = [request, 1, len].map(u32::to_ne_bytes).concat();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(io::Error::other("too many descriptors"));
+        }
+        let parts = [IoSlice::new(&header), IoSlice::new(payload)];
+        Ok(sendmsg(&self.hang_up, &parts, &mut control, SendFlags::NOSIGNAL).map(drop)?)
+    }
+
+    /// Waits until the backend has closed its end, or cut it.
+    pub fn wait_hang_up(&self, limit: Duration) -> io::Result<bool> {
+        wait::hung_up(self.hang_up.as_fd(), limit)
     }
 
     /// Ring `index`.

@@ -34,11 +34,20 @@ pub fn until<T>(
 
 /// Waits until `fd` is readable; false when `limit` passes first.
 pub fn readable(fd: BorrowedFd<'_>, limit: Duration) -> io::Result<bool> {
+    ready(fd, PollFlags::IN, limit)
+}
+
+/// Waits until the other end of the socket `fd` is gone; false when `limit` passes first.
+pub fn hung_up(fd: BorrowedFd<'_>, limit: Duration) -> io::Result<bool> {
+    ready(fd, PollFlags::RDHUP, limit)
+}
+
+fn ready(fd: BorrowedFd<'_>, events: PollFlags, limit: Duration) -> io::Result<bool> {
     let deadline = Instant::now() + limit;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
-        match poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&timeout)) {
+        match poll(&mut [PollFd::from_borrowed_fd(fd, events)], Some(&timeout)) {
             Ok(ready) => return Ok(ready > 0),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
