@@ -95,6 +95,34 @@ fn a_late_call_eventfd_is_signalled() {
     read_block(&bed, &mut front, 0);
 }
 
+/// Where an old guest's ring was, SET_VRING_ADDR finds its used index; the new driver's ring begins at 0.
+#[test]
+fn a_ring_that_is_zeroed_before_it_is_enabled_begins_at_its_beginning() {
+    let Some(rig) = Rig::enter() else { return };
+    let bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
+    let mut front = connected(&bed, 1);
+    let ring = front.ring(0).unwrap();
+    let index = ring.used() + 2;
+    ring.write_bytes(&5_u16.to_le_bytes(), index).unwrap();
+    front.set_up(0, 0).unwrap();
+    front.set_kick(0).unwrap();
+    front.set_call(0).unwrap();
+    front.ring(0).unwrap().write_bytes(&[0; 2], index).unwrap();
+    front.enable(0, true).unwrap();
+    read_block(&bed, &mut front, 0);
+    assert_eq!(front.ring(0).unwrap().used_index().unwrap(), 1);
+    // The same with a ring that has been used: it is disabled, and begins anew.
+    front.enable(0, false).unwrap();
+    front.ring_mut(0).unwrap().write_bytes(&7_u16.to_le_bytes(), index).unwrap();
+    front.set_up(0, 0).unwrap();
+    front.renew_rings().unwrap();
+    front.set_kick(0).unwrap();
+    front.set_call(0).unwrap();
+    front.enable(0, true).unwrap();
+    read_block(&bed, &mut front, 0);
+    assert_eq!(front.ring(0).unwrap().used_index().unwrap(), 1);
+}
+
 #[test]
 fn a_disabled_ring_rests_and_goes_on_when_enabled() {
     let Some(rig) = Rig::enter() else { return };

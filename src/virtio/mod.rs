@@ -12,6 +12,7 @@
 //! its queues, its requests and its ring, and hears everything else through its mailbox.
 
 pub mod backend;
+mod cells;
 pub mod chain;
 mod disk;
 pub mod features;

@@ -1,23 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One virtqueue, as its worker sees it (virtio 1.3, 2.7).
 //!
-//! The ring's place, size and indices are in the crate's `VringState`, under its lock, because the
-//! daemon thread sets and reports them; what is here belongs to the worker alone. The lock is taken for each batch that is
+//! The ring's place, size and available index are in the crate's `VringState`, under its lock, because the
+//! daemon thread sets and reports them; what is here, the used index among it, belongs to the worker alone. The lock is taken for each batch that is
 //! taken, published or looked for, and held for a few loads and stores.
 
-use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use vhost_user_backend::{VringRwLock, VringState, VringT};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::QueueT;
-use vm_memory::{
-    Address, ByteValued, Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, Le16, Le64,
-    VolatileMemory, VolatileSlice,
-};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryAtomic, Le16, Le64};
 
 use super::Memory;
+use super::cells::{Cells, load};
 use super::notify::Notifier;
 use crate::engine::counters::Counter;
 
@@ -43,9 +40,6 @@ const DEEP: u32 = 64;
 
 /// Rounds of its worker that a signal is put off for, at most.
 const PUT_OFF: u8 = 4;
-
-/// Bytes of the flags and the index that both rings begin with (virtio 1.3, 2.7.6 and 2.7.8).
-const RING_FIELDS: usize = 4;
 
 /// One queue's counts.
 #[derive(Debug, Default)]
@@ -107,6 +101,11 @@ pub(crate) struct Queue {
     more: bool,
     /// Finished and not yet published: head index and bytes written.
     used: Vec<(u16, u32)>,
+    /// Where the used ring is that was started; none has been since [`restart`](Self::restart).
+    started: Option<u64>,
+    /// The next used element's index. The crate's own count is not it: the crate reads that from guest memory at
+    /// SET_VRING_ADDR, when an old driver's index may still be there, or, in a running ring, while we publish.
+    next_used: u16,
     /// What it counts.
     pub(crate) counters: Arc<QueueCounters>,
 }
@@ -150,6 +149,7 @@ impl Queue {
         if count == 0 {
             return Ok(place);
         }
+        self.start(queue.used_ring(), memory)?;
         if self.armed {
             self.armed = false;
             queue.disable_notification(memory).map_err(|_| Broken::Outside)?;
@@ -163,6 +163,21 @@ impl Queue {
         self.in_flight += u32::from(count);
         self.counters.requests.add(u64::from(count));
         Ok(place)
+    }
+
+    /// A ring starts with the first chain that is taken from it: by then its driver has initialised the used index.
+    /// One that has chains in flight goes on where it is.
+    fn start(&mut self, ring: u64, memory: &Memory) -> Result<(), Broken> {
+        if self.started != Some(ring) && self.in_flight == 0 {
+            self.next_used = load(memory, ring, 2).ok_or(Broken::Outside)?;
+            self.started = Some(ring);
+        }
+        Ok(())
+    }
+
+    /// The ring may begin anew, where and however its driver wants.
+    pub(crate) fn restart(&mut self) {
+        self.started = None;
     }
 
     /// Nothing is to be taken this round, whatever the guest has offered.
@@ -221,7 +236,7 @@ impl Queue {
             return Ok(());
         }
         let count = self.used.len();
-        let old = self.put_used(&mut vring.get_mut(), memory);
+        let old = self.put_used(&vring.get_ref(), memory);
         self.used.clear();
         self.in_flight = self.in_flight.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
         self.untold.get_or_insert(old?);
@@ -243,14 +258,14 @@ impl Queue {
         let Some(old) = self.untold else { return Ok(()) };
         let state = vring.get_ref();
         let queue = state.get_queue();
-        let news = u32::from(queue.next_used().wrapping_sub(old));
+        let news = u32::from(self.next_used.wrapping_sub(old));
         let busy = self.more || self.in_flight >= BUSY && self.in_flight > 4 * news;
         if busy && !now && self.put_off < PUT_OFF {
             self.put_off += 1;
             return Ok(());
         }
         (self.untold, self.put_off) = (None, 0);
-        let wanted = wants_signal(queue, memory, old).ok_or(Broken::Outside)?;
+        let wanted = wants_signal(queue, memory, old, self.next_used).ok_or(Broken::Outside)?;
         drop(state);
         if wanted {
             self.signal();
@@ -276,11 +291,11 @@ impl Queue {
     /// Puts what is done into the used ring; the index it had before.
     fn put_used(
         &mut self,
-        state: &mut VringState<AtomicMemory>,
+        state: &VringState<AtomicMemory>,
         memory: &Memory,
     ) -> Result<u16, Broken> {
-        let queue = state.get_queue_mut();
-        let (old, size) = (queue.next_used(), queue.size());
+        let queue = state.get_queue();
+        let (old, size) = (self.next_used, queue.size());
         let ring = Cells::new(memory, queue.used_ring(), size);
         let mut next = old;
         // A head that is no descriptor's index was answered by breaking the chain; it cannot be
@@ -295,60 +310,16 @@ impl Queue {
         // time, its cache line would change owners that often.
         let index = GuestAddress(queue.used_ring()).checked_add(2).ok_or(Broken::Outside)?;
         memory.store(next.to_le(), index, Ordering::Release).map_err(|_| Broken::Outside)?;
-        queue.set_next_used(next);
+        self.next_used = next;
         Ok(old)
     }
 }
 
-/// The entries of an available or used ring, which stand behind two 16-bit fields. The guest's address of
-/// it is looked up once for all of them, unless it spans memory regions.
-struct Cells<'a, T> {
-    memory: &'a Memory,
-    start: u64,
-    size: u16,
-    slice: Option<VolatileSlice<'a>>,
-    entry: PhantomData<T>,
-}
-
-impl<'a, T: ByteValued> Cells<'a, T> {
-    /// The ring at `start`, whose `size` is a power of two.
-    fn new(memory: &'a Memory, start: u64, size: u16) -> Self {
-        let bytes = RING_FIELDS + usize::from(size) * size_of::<T>();
-        let slice = GuestMemoryBackend::get_slice(memory, GuestAddress(start), bytes).ok();
-        Self { memory, start, size, slice, entry: PhantomData }
-    }
-
-    /// Where the entry for ring index `index` is, counted from the ring's beginning.
-    fn place(&self, index: u16) -> usize {
-        RING_FIELDS + usize::from(index & self.size.wrapping_sub(1)) * size_of::<T>()
-    }
-
-    fn address(&self, index: u16) -> Option<GuestAddress> {
-        GuestAddress(self.start).checked_add(self.place(index) as u64)
-    }
-
-    fn read(&self, index: u16) -> Option<T> {
-        match &self.slice {
-            Some(slice) => Some(slice.get_ref::<T>(self.place(index)).ok()?.load()),
-            None => self.memory.read_obj(self.address(index)?).ok(),
-        }
-    }
-
-    fn write(&self, index: u16, entry: T) -> Option<()> {
-        match &self.slice {
-            Some(slice) => slice.get_ref::<T>(self.place(index)).ok()?.store(entry),
-            None => self.memory.write_obj(entry, self.address(index)?).ok()?,
-        }
-        Some(())
-    }
-}
-
-/// Whether the guest wants to hear of what was put into the used ring since index `old`.
+/// Whether the guest wants to hear of what was put into the used ring from index `old` to `new`.
 ///
 /// `virtio_queue` has this too, but it counts what was added since it last asked, in 16 bits and
 /// without EVENT_IDX for good: after a firmware without EVENT_IDX it may miss a signal.
-fn wants_signal(queue: &virtio_queue::Queue, memory: &Memory, old: u16) -> Option<bool> {
-    let new = queue.next_used();
+fn wants_signal(queue: &virtio_queue::Queue, memory: &Memory, old: u16, new: u16) -> Option<bool> {
     if new == old {
         return Some(false);
     }
@@ -361,11 +332,6 @@ fn wants_signal(queue: &virtio_queue::Queue, memory: &Memory, old: u16) -> Optio
     }
     let flags: u16 = load(memory, queue.avail_ring(), 0)?;
     Some(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
-}
-
-fn load(memory: &Memory, base: u64, offset: u64) -> Option<u16> {
-    let address = GuestAddress(base).checked_add(offset)?;
-    memory.load::<u16>(address, Ordering::Acquire).ok().map(u16::from_le)
 }
 
 /// How many chains are taken in one go.

@@ -237,7 +237,7 @@ fn a_driver_that_has_seen_what_was_put_off_is_left_alone() {
 fn event_idx_decides_over_the_whole_batch_and_across_the_wrap() {
     for start in [0u16, 65530] {
         let mut rig = with_call(rig(true));
-        rig.vring.set_queue_next_used(start);
+        rig.queue.next_used = start;
         rig.set_used_event(start.wrapping_add(2));
         assert_eq!(rig.publish(&[0, 1]), 0, "before the event");
         assert_eq!(rig.publish(&[2, 3, 4]), 1, "the event is inside");
@@ -294,4 +294,65 @@ fn rings_may_span_memory_regions() {
         assert_eq!(ring(&split), ring(&whole));
     }
     assert_eq!((split.used_index(), whole.used_index()), (11, 11));
+}
+
+/// An old guest's leftovers: the used index that is there when the frontend names the ring's place says nothing, the one that
+/// is there when the driver offers its first chain does.
+#[test]
+fn the_used_index_is_read_when_the_ring_starts() {
+    let mut rig = rig(false);
+    rig.vring.set_queue_next_used(5);
+    rig.offer(&[3]);
+    assert_eq!(rig.take().unwrap(), [3]);
+    rig.publish(&[3]);
+    let first: u32 = rig.memory.read_obj(GuestAddress(USED + 4)).unwrap();
+    assert_eq!((first, rig.used_index()), (3, 1));
+}
+
+/// QEMU says where a running ring is when a migration begins. The crate then stores the used index it has read a moment
+/// before, in which something may have been published.
+#[test]
+fn a_running_ring_goes_on_whatever_the_crate_stores() {
+    let mut rig = rig(false);
+    rig.offer(&[3, 4, 5]);
+    rig.take().unwrap();
+    rig.publish(&[3, 4]);
+    rig.vring.set_queue_next_used(1);
+    rig.queue.restart();
+    rig.publish(&[5]);
+    let last: u32 = rig.memory.read_obj(GuestAddress(USED + 4 + 2 * 8)).unwrap();
+    assert_eq!((last, rig.used_index()), (5, 3));
+}
+
+#[test]
+fn a_ring_that_is_started_anew_begins_at_the_used_index_in_memory() {
+    let mut rig = rig(false);
+    for (start, restarts) in [(7_u16, true), (65535, true), (3, false)] {
+        rig.offer(&[1]);
+        let before = rig.used_index();
+        rig.memory.write_obj(start, GuestAddress(USED + 2)).unwrap();
+        if restarts {
+            rig.queue.restart();
+        }
+        rig.take().unwrap();
+        rig.publish(&[1]);
+        let expected = if restarts { start } else { before };
+        assert_eq!(rig.used_index(), expected.wrapping_add(1));
+    }
+}
+
+/// Another used ring has another index, also if nobody said that the ring starts.
+#[test]
+fn a_used_ring_that_was_moved_is_read_anew() {
+    let mut rig = rig(false);
+    rig.offer(&[1]);
+    rig.take().unwrap();
+    rig.publish(&[1]);
+    let moved = USED + 0x1000;
+    rig.memory.write_obj(9u16, GuestAddress(moved + 2)).unwrap();
+    rig.vring.set_queue_info(0, AVAIL, moved).unwrap();
+    rig.offer(&[2]);
+    rig.take().unwrap();
+    rig.publish(&[2]);
+    assert_eq!(rig.memory.read_obj::<u16>(GuestAddress(moved + 2)).unwrap(), 10);
 }

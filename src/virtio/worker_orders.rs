@@ -167,6 +167,7 @@ impl<D: Disk> Worker<D> {
         if let Some(queue) = self.queues.get_mut(place) {
             queue.broken = false;
             queue.disarm();
+            queue.restart();
         }
     }
 
