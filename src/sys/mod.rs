@@ -10,5 +10,6 @@ pub mod lease;
 pub mod ofd_lock;
 pub mod page_cache;
 pub mod process;
+pub mod signaller;
 pub mod signals;
 pub mod uring;

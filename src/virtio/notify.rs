@@ -4,59 +4,78 @@
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, fstat};
-use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use rustix::fs::fstat;
+use rustix::io::{ReadWriteFlags, preadv2};
+
+use crate::sys::signaller::Signaller;
 
 /// The file-type bits of `st_mode`; an eventfd has none of them set.
 const TYPE_BITS: u32 = 0o170_000;
 
-/// An eventfd of the frontend's, made non-blocking.
+/// An eventfd of the frontend's. Its flags are the frontend's as well, so nothing here rests on them.
 #[derive(Debug)]
 pub(crate) struct Notifier(OwnedFd);
 
 impl Notifier {
     /// Takes `fd` if it is an eventfd. Anything else is refused: polling or writing a FUSE file, or
-    /// an epoll set with one in it, may block whatever its flags are. Non-blocking, because a
-    /// counter at its maximum blocks its writer and an empty one its reader; the frontend shares
-    /// the flag.
+    /// an epoll set with one in it, may block whatever its flags are.
     ///
     /// # Errors
-    /// It is something else, or its flags cannot be set.
+    /// It is something else.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         // The name first: fstat of a FUSE file may block as well.
         if !named_eventfd(&fd) || fstat(&fd)?.st_mode & TYPE_BITS != 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an eventfd"));
         }
-        fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
         Ok(Self(fd))
     }
 
-    /// Signals. A counter at its maximum is signalled already; anything else wrong with the fd is
-    /// the frontend's loss.
-    ///
-    /// eventfds know no write that never blocks whatever their flags are, and the flag is the
-    /// frontend's too: so it is only written to when it has room. What is left is a frontend that
-    /// fills it in between; it stops the thread that serves it until it reads.
-    pub(crate) fn signal(&self) {
-        let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if poll(&mut fds, Some(&now)) == Ok(1) {
-            let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
-        }
-    }
-
-    /// Consumes what was signalled. Never blocks, also when the frontend, which shares the flag, has
-    /// made the eventfd block again and been faster.
+    /// Consumes what was signalled. Never waits, whatever the flags are: that is asked of this read
+    /// alone, which kernels can do since 5.8.
     pub(crate) fn hear(&self) {
         /// "Here", for what has no offsets.
         const CURRENT: u64 = u64::MAX;
         let (mut count, nowait) = ([0u8; 8], ReadWriteFlags::NOWAIT);
-        let heard = preadv2(&self.0, &mut [IoSliceMut::new(&mut count)], CURRENT, nowait);
-        if heard == Err(Errno::OPNOTSUPP) {
-            // Kernels before 5.8 cannot. Whatever this says: nothing is left to be heard.
-            let _ = rustix::io::read(&self.0, &mut count);
-        }
+        // There may be nothing to be consumed.
+        let _ = preadv2(&self.0, &mut [IoSliceMut::new(&mut count)], CURRENT, nowait);
+    }
+}
+
+/// Signals one eventfd of the frontend's after the other, and never waits for it (ADR 0012).
+#[derive(Debug, Default)]
+pub(crate) struct Signal {
+    /// Made for the first eventfd and kept: the next one is registered with the same ring.
+    signaller: Option<Signaller>,
+    aimed: bool,
+}
+
+impl Signal {
+    /// Signals `to` from now on; with `None`, nothing.
+    ///
+    /// # Errors
+    /// The kernel has no descriptor or no memory left. Nothing is signalled then.
+    pub(crate) fn aim(&mut self, to: Option<&Notifier>) -> io::Result<()> {
+        self.aimed = false;
+        let signaller = match (&mut self.signaller, to) {
+            (Some(signaller), _) => signaller,
+            (None, Some(_)) => self.signaller.insert(Signaller::new()?),
+            (None, None) => return Ok(()),
+        };
+        signaller.aim(to.map(AsFd::as_fd))?;
+        self.aimed = to.is_some();
+        Ok(())
+    }
+
+    /// Signals; false if there is nothing to signal, or no memory to do it with.
+    pub(crate) fn send(&mut self) -> bool {
+        let signaller = self.signaller.as_mut().filter(|_| self.aimed);
+        signaller.is_some_and(|signaller| match signaller.signal() {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::error!(%error, "a guest cannot be signalled");
+                false
+            }
+        })
     }
 }
 
@@ -79,29 +98,30 @@ mod tests {
     use std::fs::File;
 
     use rustix::event::{EventfdFlags, eventfd};
+    use rustix::fs::{OFlags, fcntl_getfl};
 
     use super::*;
 
+    /// The counter is full and empty in turn, and whoever reads or writes it waits.
     #[test]
-    fn an_eventfd_is_taken_and_neither_blocks_when_full_nor_when_empty() {
+    fn an_eventfd_that_blocks_is_waited_for_neither_when_full_nor_when_empty() {
         let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let notifier = Notifier::new(fd.try_clone().unwrap()).unwrap();
+        let mut signal = Signal::default();
+        assert!(!signal.send());
+        signal.aim(Some(&notifier)).unwrap();
+        assert!(!fcntl_getfl(&fd).unwrap().contains(OFlags::NONBLOCK));
         notifier.hear();
         rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        notifier.signal();
+        assert!(signal.send());
         notifier.hear();
-        assert_eq!(rustix::io::read(&fd, &mut [0u8; 8]), Err(Errno::AGAIN));
-    }
-
-    #[test]
-    fn the_frontend_cannot_make_it_block_again() {
-        let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        let notifier = Notifier::new(fd.try_clone().unwrap()).unwrap();
-        fcntl_setfl(&fd, OFlags::RDWR).unwrap();
         notifier.hear();
-        rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        notifier.signal();
-        notifier.hear();
+        assert!(signal.send());
+        let mut count = [0u8; 8];
+        rustix::io::read(&fd, &mut count[..]).unwrap();
+        assert_eq!(u64::from_ne_bytes(count), 1);
+        signal.aim(None).unwrap();
+        assert!(!signal.send());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryAtomic, Le16, Le64};
 
 use super::Memory;
 use super::cells::{Cells, load};
-use super::notify::Notifier;
+use super::notify::{Notifier, Signal};
 use crate::engine::counters::Counter;
 
 /// The crate's view of guest memory.
@@ -80,7 +80,7 @@ pub(crate) struct Queue {
     /// The guest's doorbell.
     pub(crate) kick: Option<Notifier>,
     /// How the guest is signalled.
-    pub(crate) call: Option<Notifier>,
+    pub(crate) call: Signal,
     /// How the frontend is told of a malformed chain.
     pub(crate) err: Option<Notifier>,
     /// Requests taken and not yet published.
@@ -281,9 +281,8 @@ impl Queue {
     }
 
     /// Signals the guest, if it gave us a way to.
-    pub(crate) fn signal(&self) {
-        if let Some(call) = &self.call {
-            call.signal();
+    pub(crate) fn signal(&mut self) {
+        if self.call.send() {
             self.counters.calls.add(1);
         }
     }

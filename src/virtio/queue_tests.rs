@@ -79,7 +79,7 @@ impl Rig {
 
 fn with_call(mut rig: Rig) -> Rig {
     let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    rig.queue.call = Some(Notifier::new(fd).unwrap());
+    rig.queue.call.aim(Some(&Notifier::new(fd).unwrap())).unwrap();
     rig
 }
 

@@ -22,7 +22,7 @@ use super::Memory;
 use super::backend::Backend;
 use super::chain::{Chain, Piece};
 use super::mailbox::Mailbox;
-use super::notify::Notifier;
+use super::notify::{Notifier, Signal};
 use super::queue::{Broken, Queue, Vring};
 use super::quiet::Quiet;
 use super::requests::Requests;
@@ -159,6 +159,8 @@ pub(crate) struct Worker<D> {
     write_through: Option<bool>,
     malformed: Quiet,
     broken: Quiet,
+    /// For the queues' error signals, which are rare: one for all.
+    errs: Signal,
 }
 
 impl<D: Disk> Worker<D> {
@@ -192,6 +194,7 @@ impl<D: Disk> Worker<D> {
             write_through: None,
             malformed: Quiet::default(),
             broken: Quiet::default(),
+            errs: Signal::default(),
         })
     }
 
@@ -351,13 +354,20 @@ impl<D: Disk> Worker<D> {
         let Some(queue) = self.queues.get_mut(place) else { return };
         if !queue.broken {
             queue.broken = true;
-            if let Some(err) = &queue.err {
-                err.signal();
-            }
+            let queue = queue.index;
+            self.complain(place);
             if let Some(times) = self.broken.tell() {
-                let queue = queue.index;
                 tracing::warn!(queue, times, %why, "queue stopped until it is set up anew");
             }
+        }
+    }
+
+    /// Tells the frontend that something is wrong with a queue. If that cannot be done, the line in
+    /// the log has to do.
+    fn complain(&mut self, place: usize) {
+        let err = self.queues.get(place).and_then(|queue| queue.err.as_ref());
+        if err.is_some() && self.errs.aim(err).is_ok() {
+            self.errs.send();
         }
     }
 }

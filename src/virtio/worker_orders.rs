@@ -123,7 +123,8 @@ impl<D: Disk> Worker<D> {
                 self.set_kick(place, None);
                 self.begin_anew(place);
                 if let Some(queue) = self.queues.get_mut(place) {
-                    queue.call = None;
+                    // What it was aimed at is let go of; that cannot fail.
+                    let _ = queue.call.aim(None);
                     queue.err = None;
                 }
             }
@@ -157,9 +158,15 @@ impl<D: Disk> Worker<D> {
     /// A new signal is rung once: the frontend may have missed one that was due while there was
     /// none, or that went to the one before it. Drivers take spurious ones.
     fn set_call(&mut self, place: usize, call: Option<Notifier>) {
-        if let Some(queue) = self.queues.get_mut(place) {
-            queue.call = call;
-            queue.signal();
+        let Some(queue) = self.queues.get_mut(place) else { return };
+        match queue.call.aim(call.as_ref()) {
+            Ok(()) => queue.signal(),
+            // A guest that hears of nothing would hang without a word.
+            Err(error) => {
+                let reason =
+                    format!("queue {}: its guest cannot be signalled: {error}", queue.index);
+                self.backend.post(Event::SessionEnded(Some(reason)));
+            }
         }
     }
 

@@ -95,10 +95,8 @@ impl<D: Disk> Worker<D> {
         let Some(queue) = self.queues.get_mut(arrival.queue) else { return };
         queue.counters.malformed.add(1);
         queue.done(arrival.head, 0);
-        if let Some(err) = &queue.err {
-            err.signal();
-        }
         let index = queue.index;
+        self.complain(arrival.queue);
         if let Some(times) = self.malformed.tell() {
             tracing::warn!(queue = index, times, %why, "malformed descriptor chain");
         }

@@ -47,14 +47,14 @@ pub(super) const CEILINGS: &[Ceiling] = &[
     instructions("instructions, 128 KiB read, 32 extents", 31291.0),
     instructions("instructions, lookup, any of 1 M extents", 401.0),
     // The kick ends one io_uring_enter; the next one submits and sleeps until the disk has answered; to signal the guest
-    // takes a poll and a write. Of 32 requests eight are submitted at a time, and one enter more is needed since one hands some 20
+    // takes one more (ADR 0012). Of 32 requests eight are submitted at a time, and one enter more is needed since one hands some 20
     // completions over.
-    exact("system calls, 4 KiB reads, depth 1", 4.0),
-    exact("system calls, 4 KiB writes, depth 1", 4.0),
+    exact("system calls, 4 KiB reads, depth 1", 3.0),
+    exact("system calls, 4 KiB writes, depth 1", 3.0),
     // Where the disk is quicker than a sleeper wakes, or slower than it answers, there is one wake-up more: four calls.
     at_most("system calls, 4 KiB reads, depth 32", 9.0 / 32.0, 13.0 / 32.0),
     at_most("system calls, 4 KiB writes, depth 32", 9.0 / 32.0, 13.0 / 32.0),
-    exact("system calls, 4 KiB reads of a hole, depth 32", 3.0 / 32.0),
+    exact("system calls, 4 KiB reads of a hole, depth 32", 2.0 / 32.0),
     at_most("system calls, 4 KiB write and flush, depth 1", 20.1, 22.0),
     // Locks, page counts, inotify's events, now and then a FIEMAP, and the wake-ups of three threads. With many in flight they share those, as it happens.
     at_most("system calls, 4 KiB writes into a hole, depth 1", 25.5, 30.0),

@@ -2,6 +2,7 @@
 //! A split virtqueue made by hand: nothing stops its user from putting nonsense in it.
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -217,14 +218,17 @@ impl Ring {
 
     /// Waits for a call and consumes it.
     pub fn called(&self, limit: Duration) -> io::Result<bool> {
-        use std::os::fd::{AsRawFd, BorrowedFd};
-        // SAFETY: the descriptor is `self.call`'s, which outlives this borrow.
-        let fd = unsafe { BorrowedFd::borrow_raw(self.call.as_raw_fd()) };
-        let ready = wait::readable(fd, limit)?;
+        let ready = wait::readable(self.call_fd(), limit)?;
         if ready {
             self.call.read()?;
         }
         Ok(ready)
+    }
+
+    /// The eventfd of the calls.
+    pub fn call_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is `self.call`'s, which outlives this borrow.
+        unsafe { BorrowedFd::borrow_raw(self.call.as_raw_fd()) }
     }
 
     /// Writes bytes into guest memory.
