@@ -10,6 +10,7 @@ use crate::engine::shared::Shared;
 use crate::engine::{Geometry, RawLimits, Rules};
 use crate::image::{Image, ModeChoice, Options};
 use crate::inbox::Poster;
+use crate::virtio::cache_mode::CacheMode;
 use crate::virtio::features::Topology;
 use crate::virtio::session::{DeviceConfig, Files};
 
@@ -71,7 +72,7 @@ pub(super) fn describe(
         strict: config.strict,
         polling: config.polling,
         pin_memory: config.pin_memory,
-        write_back: config.write_back,
+        cache: CacheMode::new(config.write_back),
         inbox,
     }
 }

@@ -8,7 +8,7 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -21,6 +21,7 @@ use vmm_sys_util::event::{
 };
 
 use super::Memory;
+use super::cache_mode::{Changed, SessionMode};
 use super::disk::RingDisk;
 use super::features;
 use super::mailbox::{Mailbox, Slot};
@@ -89,9 +90,7 @@ pub struct Backend {
     id: Id,
     /// Names the device in the log, if the process has several.
     pub(crate) span: tracing::Span,
-    features: AtomicU64,
-    writeback: AtomicBool,
-    write_through: AtomicBool,
+    mode: SessionMode,
     /// Whether a ring has been started since the device was last new.
     started: AtomicBool,
 }
@@ -119,9 +118,7 @@ impl Backend {
             exits: Mutex::new(Exits { made, forgotten: Vec::new() }),
             id,
             span: tracing::Span::current(),
-            features: AtomicU64::new(0),
-            writeback: AtomicBool::new(config.write_back),
-            write_through: AtomicBool::new(true),
+            mode: SessionMode::new(),
             started: AtomicBool::new(false),
             config,
         })
@@ -149,7 +146,7 @@ impl Backend {
 
     /// Whether writes complete only when durable (R15).
     pub(crate) fn write_through(&self) -> bool {
-        self.write_through.load(Ordering::Acquire)
+        self.mode.write_through()
     }
 
     /// Posts to the main loop.
@@ -234,16 +231,30 @@ impl Backend {
         })
     }
 
-    fn update_write_through(&self) {
-        let acked = self.features.load(Ordering::Acquire);
-        let writeback = self.writeback.load(Ordering::Acquire);
-        self.write_through.store(features::write_through(acked, writeback), Ordering::Release);
+    /// A worker has taken the first chain of a ring, whose used index is `index`.
+    pub(crate) fn ring_started(&self, queue: u16, index: u16) {
+        self.mode_changed(self.mode.start(&self.config.cache, queue, index));
+    }
+
+    fn mode_changed(&self, changed: Changed) {
+        if changed.guessed {
+            let _named = self.span.enter();
+            tracing::info!(
+                "the driver was told its cache mode by an earlier server, and may rely on \
+                 write-through: it gets that until it sets the mode (cache_type in Linux) or its \
+                 VMM is started anew"
+            );
+        }
+        if changed.mode {
+            // At once: it makes what was written before durable (R15).
+            self.threads.iter().for_each(|thread| thread.slot.post(Mail::CacheMode));
+        }
     }
 
     /// The device is as new: another driver takes over.
     ///
     /// The cache mode stays: after a reset it may be either (virtio 1.3, 5.2.5), but the guest must
-    /// be told which, and QEMU does not ask us again: it tells what was last set through it.
+    /// be told which, and QEMU does not ask us again: it tells what was last set through it (ADR 0011).
     fn renew(&self) {
         self.started.store(false, Ordering::Release);
         self.post(Event::DeviceReset);
@@ -267,8 +278,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn acked_features(&self, features: u64) {
-        self.features.store(features, Ordering::Release);
-        self.update_write_through();
+        self.mode_changed(self.mode.features(&self.config.cache, features));
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -285,10 +295,8 @@ impl VhostUserBackend for Backend {
     }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let acked = self.features.load(Ordering::Acquire);
-        let writeback = self.writeback.load(Ordering::Acquire);
-        let byte = features::writeback_byte(acked, writeback);
         let config = &self.config;
+        let byte = self.mode.ask(&config.cache, offset, size);
         features::config(&config.limits, &config.topology, config.num_queues, byte, offset, size)
     }
 
@@ -302,10 +310,7 @@ impl VhostUserBackend for Backend {
         let byte = place.and_then(|place| bytes.get(usize::try_from(place).ok()?));
         match byte {
             Some(byte) => {
-                self.writeback.store(*byte != 0, Ordering::Release);
-                self.update_write_through();
-                // At once: it makes what was written before durable (R15).
-                self.threads.iter().for_each(|thread| thread.slot.post(Mail::CacheMode));
+                self.mode_changed(self.mode.set(&self.config.cache, *byte != 0));
                 let write_through = self.write_through();
                 tracing::debug!(write_through, "the driver set the cache mode");
             }

@@ -108,9 +108,14 @@ impl Hooks for Backend {
         }
     }
 
+    /// An index that is not 0 may be all that is known of a driver that began before its frontend did.
+    ///
     /// A first queue that begins at 0 again belongs to a new driver: one that was only paused
     /// goes on where it was.
     fn set_base(&self, queue: u32, base: u32) {
+        if let (Ok(queue), Ok(base)) = (u16::try_from(queue), u16::try_from(base)) {
+            self.mode_changed(self.mode.index(&self.config.cache, queue, base));
+        }
         if (queue, base) == (0, 0) && self.started.load(Ordering::Acquire) {
             self.renew();
         }

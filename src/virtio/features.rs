@@ -84,20 +84,6 @@ pub fn has(features: u64, number: u32) -> bool {
     features & bit(number) != 0
 }
 
-/// Whether writes complete only when durable (virtio 1.3, 5.2.5): without FLUSH the driver has no
-/// other way to make them so, and with `writeback` at 0 it asked for it.
-#[must_use]
-pub fn write_through(acked: u64, writeback: bool) -> bool {
-    !has(acked, VIRTIO_BLK_F_FLUSH) || !writeback
-}
-
-/// The `writeback` byte as the driver reads it: 0 if it negotiated CONFIG_WCE without FLUSH.
-#[must_use]
-pub fn writeback_byte(acked: u64, writeback: bool) -> u8 {
-    let no_flush = has(acked, VIRTIO_BLK_F_CONFIG_WCE) && !has(acked, VIRTIO_BLK_F_FLUSH);
-    u8::from(writeback && !no_flush)
-}
-
 /// `size` bytes of the configuration space from `offset` on: exactly as many as asked for, zeros
 /// where nothing is defined.
 #[must_use]

@@ -73,16 +73,6 @@ fn odd_topologies_do_not_panic_and_never_claim_nonsense() {
 }
 
 #[test]
-fn write_through_unless_flush_and_writeback() {
-    let flush = 1 << VIRTIO_BLK_F_FLUSH;
-    let wce = 1 << VIRTIO_BLK_F_CONFIG_WCE;
-    assert!(write_through(0, true) && write_through(flush, false) && !write_through(flush, true));
-    assert_eq!(writeback_byte(wce, true), 0);
-    assert_eq!(writeback_byte(wce | flush, true), 1);
-    assert_eq!(writeback_byte(0, true), 1);
-}
-
-#[test]
 fn what_cannot_be_served_is_not_offered() {
     let features = offered(&LIMITS);
     // LIFETIME, SECURE_ERASE and ZONED.

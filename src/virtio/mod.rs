@@ -12,6 +12,7 @@
 //! its queues, its requests and its ring, and hears everything else through its mailbox.
 
 pub mod backend;
+pub mod cache_mode;
 mod cells;
 pub mod chain;
 mod disk;

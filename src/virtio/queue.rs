@@ -103,6 +103,8 @@ pub(crate) struct Queue {
     used: Vec<(u16, u32)>,
     /// Where the used ring is that was started; none has been since [`restart`](Self::restart).
     started: Option<u64>,
+    /// The used index it began with, until [`begun`](Self::begun) has told it.
+    begun: Option<u16>,
     /// The next used element's index. The crate's own count is not it: the crate reads that from guest memory at
     /// SET_VRING_ADDR, when an old driver's index may still be there, or, in a running ring, while we publish.
     next_used: u16,
@@ -171,6 +173,7 @@ impl Queue {
         if self.started != Some(ring) && self.in_flight == 0 {
             self.next_used = load(memory, ring, 2).ok_or(Broken::Outside)?;
             self.started = Some(ring);
+            self.begun = Some(self.next_used);
         }
         Ok(())
     }
@@ -178,6 +181,11 @@ impl Queue {
     /// The ring may begin anew, where and however its driver wants.
     pub(crate) fn restart(&mut self) {
         self.started = None;
+    }
+
+    /// The used index that the ring was started with, once each time it is.
+    pub(crate) fn begun(&mut self) -> Option<u16> {
+        self.begun.take()
     }
 
     /// Nothing is to be taken this round, whatever the guest has offered.

@@ -25,6 +25,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::Memory;
 use super::backend::{Backend, Seat, Thread};
+use super::cache_mode::CacheMode;
 use super::features::Topology;
 use super::mailbox::{Mailbox, mailbox};
 use super::queue::QueueCounters;
@@ -81,8 +82,8 @@ pub struct DeviceConfig {
     pub pin_memory: bool,
     /// FLUSH holds later requests back (`--barrier=strict`).
     pub strict: bool,
-    /// The `writeback` field of a new device.
-    pub write_back: bool,
+    /// What its drivers were told of their write cache.
+    pub cache: CacheMode,
     /// The main loop.
     pub inbox: Poster,
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::cache_mode::CacheMode;
 use super::features::Topology;
 use super::session::{DeviceConfig, Files, Session};
 use super::spin::Polling;
@@ -101,7 +102,7 @@ pub(crate) fn device(image: OwnedFd, num_queues: u16, threads: u16) -> (Arc<Devi
         strict: false,
         polling: Polling::default(),
         pin_memory: false,
-        write_back: true,
+        cache: CacheMode::new(true),
         inbox: poster,
     };
     (Arc::new(config), inbox)

@@ -48,6 +48,7 @@ impl<D: Disk> Worker<D> {
             Err(why) => self.break_queue(place, why),
             Ok(_) if heads.is_empty() => {}
             Ok(at) => {
+                self.tell_of_start(place);
                 self.adopt_write_through();
                 let memory = Arc::clone(&self.memory);
                 let table = Table::new(&memory, at.table, u32::from(at.size));
@@ -60,6 +61,14 @@ impl<D: Disk> Worker<D> {
             }
         }
         self.heads = heads;
+    }
+
+    /// Where a ring begins says something about its driver, which counts for this batch already.
+    fn tell_of_start(&mut self, place: usize) {
+        let Some(queue) = self.queues.get_mut(place) else { return };
+        if let Some(index) = queue.begun() {
+            self.backend.ring_started(queue.index, index);
+        }
     }
 
     /// Has the places of a batch looked for in a large map all at once.
