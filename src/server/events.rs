@@ -15,7 +15,7 @@ use crate::inbox::Event;
 use super::clients::ClientId;
 use super::describe::{self, Particulars};
 use super::helper::{Answer, Task};
-use super::log::image_field;
+use super::log::{HOST, image_field};
 use super::poll::now;
 use super::{Phase, Server, failed};
 
@@ -134,7 +134,11 @@ impl Server<'_> {
             Change::Unlinked if !self.unlinked => {
                 self.unlinked = true;
                 let image = image_field(self.image.path());
-                warn!(image, "the image was unlinked; it is served on and goes with this process");
+                warn!(
+                    target: HOST,
+                    image,
+                    "the image was unlinked; it is served on and goes with this process"
+                );
             }
             Change::Unlinked | Change::Unchanged => {}
         }

@@ -17,6 +17,7 @@ mod door;
 mod events;
 mod front;
 mod helper;
+mod limit;
 mod log;
 mod owner;
 mod poll;
@@ -47,6 +48,7 @@ use describe::reason;
 use door::Door;
 use front::Front;
 use helper::Task;
+use log::HOST;
 pub use log::start_log;
 use owner::Owner;
 use poll::{Interest, Poll, Timer, now};
@@ -315,7 +317,7 @@ impl<'a> Server<'a> {
                 }
             }
             Phase::Syncing { until } if until <= now => {
-                warn!("the filesystem does not finish writing; ending without it");
+                warn!(target: HOST, "the filesystem does not finish writing; ending without it");
                 self.phase = Phase::Over;
             }
             _ => return Ok(false),

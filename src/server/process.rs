@@ -17,7 +17,7 @@ use std::time::Duration;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tracing::{Span, error, info};
 
-use super::log::device_span;
+use super::log::{device_span, report_suppressed};
 use super::poll::{Interest, Poll, Timer, now};
 use super::socket::{self, Inherited};
 use super::{AllSignals, ServeError, failed};
@@ -204,6 +204,7 @@ impl Process {
         }
         let served = self.devices.iter().any(|device| device.served);
         if served || self.failure.is_none() {
+            report_suppressed();
             info!("stopped");
         }
         match (self.failure, self.failed) {

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use super::Memory;
 use super::chain::Piece;
-use super::quiet::Quiet;
 use super::worker::Disk;
 use crate::engine::{Completion, Io, Op, OpId, Tag};
 use crate::sys::buffer::BadAddress;
@@ -20,13 +19,11 @@ pub(crate) struct RingDisk {
     pub(crate) mem_align: u32,
     /// `--pin-memory`.
     pin: bool,
-    full: Quiet,
-    faults: Quiet,
 }
 
 impl RingDisk {
     pub(crate) fn new(ring: Ring, mem_align: u32, pin: bool) -> Self {
-        Self { ring, mem_align, pin, full: Quiet::default(), faults: Quiet::default() }
+        Self { ring, mem_align, pin }
     }
 }
 
@@ -38,10 +35,8 @@ impl Io for RingDisk {
     fn reap(&mut self) -> Option<Completion> {
         let completion = self.ring.reap()?;
         // The guest hears of an I/O error only; who can make room must hear of it too (R16).
-        if matches!(completion.result.saturating_neg(), libc::ENOSPC | libc::EDQUOT)
-            && let Some(times) = self.full.tell()
-        {
-            tracing::warn!(times, "no space left for what the guest writes: it gets I/O errors");
+        if matches!(completion.result.saturating_neg(), libc::ENOSPC | libc::EDQUOT) {
+            tracing::warn!("no space left for what the guest writes: it gets I/O errors");
         }
         Some(completion)
     }
@@ -90,9 +85,7 @@ impl Disk for RingDisk {
             // The guest's fault, which it hears of.
             Err(BadAddress::Outside { .. }) => None,
             Err(error) => {
-                if let Some(times) = self.faults.tell() {
-                    tracing::error!(%error, times, "requests failed: a bug of extentd's, please report it");
-                }
+                tracing::error!(%error, "a request failed: a bug of extentd's, please report it");
                 None
             }
         }

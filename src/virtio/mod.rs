@@ -22,7 +22,6 @@ mod frontends_tests;
 mod mailbox;
 mod notify;
 mod queue;
-mod quiet;
 mod relay;
 mod requests;
 pub mod session;

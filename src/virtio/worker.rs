@@ -24,7 +24,6 @@ use super::chain::{Chain, Piece};
 use super::mailbox::Mailbox;
 use super::notify::{Notifier, Signal};
 use super::queue::{Broken, Queue, Vring};
-use super::quiet::Quiet;
 use super::requests::Requests;
 use super::spin::{Polling, Spin};
 use crate::engine;
@@ -157,8 +156,6 @@ pub(crate) struct Worker<D> {
     orders: Vec<Order>,
     quiescing: bool,
     write_through: Option<bool>,
-    malformed: Quiet,
-    broken: Quiet,
     /// For the queues' error signals, which are rare: one for all.
     errs: Signal,
 }
@@ -192,8 +189,6 @@ impl<D: Disk> Worker<D> {
             orders: Vec::new(),
             quiescing: false,
             write_through: None,
-            malformed: Quiet::default(),
-            broken: Quiet::default(),
             errs: Signal::default(),
         })
     }
@@ -356,9 +351,7 @@ impl<D: Disk> Worker<D> {
             queue.broken = true;
             let queue = queue.index;
             self.complain(place);
-            if let Some(times) = self.broken.tell() {
-                tracing::warn!(queue, times, %why, "queue stopped until it is set up anew");
-            }
+            tracing::warn!(queue, %why, "queue stopped until it is set up anew");
         }
     }
 

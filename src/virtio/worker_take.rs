@@ -106,9 +106,7 @@ impl<D: Disk> Worker<D> {
         queue.done(arrival.head, 0);
         let index = queue.index;
         self.complain(arrival.queue);
-        if let Some(times) = self.malformed.tell() {
-            tracing::warn!(queue = index, times, %why, "malformed descriptor chain");
-        }
+        tracing::warn!(queue = index, %why, "malformed descriptor chain");
     }
 
     fn begin(&mut self, disk: &mut D, memory: &Arc<Memory>, parts: Parts, arrival: Arrival) {
