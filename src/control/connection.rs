@@ -24,6 +24,7 @@ pub struct Connection {
     ended: bool,
     /// It is not to be listened to any more.
     closing: bool,
+    lines: u64,
 }
 
 /// What a connection needs next.
@@ -55,6 +56,7 @@ impl Connection {
             busy: false,
             ended: false,
             closing: false,
+            lines: 0,
         })
     }
 
@@ -70,41 +72,89 @@ impl Connection {
         self.closing = true;
     }
 
-    /// Goes as far as it can without waiting.
+    /// How many lines have been taken: what a client that gets on with it makes grow.
+    #[must_use]
+    pub const fn lines(&self) -> u64 {
+        self.lines
+    }
+
+    /// Whether it is the client's turn to go on with something begun: a line that it has sent in part, or an
+    /// answer that it has not read.
+    #[must_use]
+    pub fn is_unfinished(&self) -> bool {
+        let nothing = self.input.is_empty() && self.output.is_empty();
+        !(self.busy || nothing)
+    }
+
+    /// Whether a request of its waits for an answer.
+    #[must_use]
+    pub const fn is_busy(&self) -> bool {
+        self.busy
+    }
+
+    /// Goes a step further without waiting: one line is taken at most, and read from the stream once, whatever there
+    /// is. The caller has others to serve and comes back.
     pub fn step(&mut self) -> Step {
-        loop {
-            while !self.output.is_empty() {
-                match self.stream.write(&self.output) {
-                    Ok(sent) => drop(self.output.drain(..sent)),
-                    Err(error) => match error.kind() {
-                        io::ErrorKind::WouldBlock => return Step::Write,
-                        io::ErrorKind::Interrupted => {}
-                        _ => return Step::Gone,
-                    },
-                }
+        if let Some(step) = self.send() {
+            return step;
+        }
+        if self.closing {
+            return Step::Gone;
+        }
+        if self.busy {
+            return Step::Wait;
+        }
+        if !self.has_line()
+            && !self.ended
+            && let Some(step) = self.fill()
+        {
+            return step;
+        }
+        if self.has_line() {
+            return self.take_line();
+        }
+        if self.ended {
+            return Step::Gone;
+        }
+        if self.input.len() > MAX_LINE {
+            // Where the next request would begin cannot be known.
+            self.refuse(&RequestError::TooLong);
+            return Step::Write;
+        }
+        Step::Read
+    }
+
+    /// Sends what is left to be sent; `None` if nothing is left.
+    fn send(&mut self) -> Option<Step> {
+        while !self.output.is_empty() {
+            match self.stream.write(&self.output) {
+                Ok(sent) => drop(self.output.drain(..sent)),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return Some(Step::Write),
+                    io::ErrorKind::Interrupted => {}
+                    _ => return Some(Step::Gone),
+                },
             }
-            if self.closing {
-                return Step::Gone;
+        }
+        None
+    }
+
+    fn has_line(&self) -> bool {
+        self.input.contains(&b'\n')
+    }
+
+    fn take_line(&mut self) -> Step {
+        let end = self.input.iter().position(|byte| *byte == b'\n').unwrap_or(0);
+        let line: Vec<u8> = self.input.drain(..=end).collect();
+        self.lines += 1;
+        match Command::parse(&line) {
+            Ok(command) => {
+                self.busy = true;
+                Step::Answer(command)
             }
-            if self.busy {
-                return Step::Wait;
-            }
-            if let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.input.drain(..=end).collect();
-                match Command::parse(&line) {
-                    Ok(command) => {
-                        self.busy = true;
-                        return Step::Answer(command);
-                    }
-                    Err(error) => self.reply(&failure(&error)),
-                }
-            } else if self.ended {
-                return Step::Gone;
-            } else if self.input.len() > MAX_LINE {
-                // Where the next request would begin cannot be known.
-                self.refuse(&RequestError::TooLong);
-            } else if let Some(step) = self.fill() {
-                return step;
+            Err(error) => {
+                self.reply(&failure(&error));
+                Step::Write
             }
         }
     }
@@ -146,6 +196,17 @@ mod tests {
         String::from_utf8(bytes).unwrap()
     }
 
+    /// As far as it goes until it needs something.
+    fn go(connection: &mut Connection) -> Step {
+        let mut step = connection.step();
+        for _ in 0..100 {
+            if matches!(step, Step::Read | Step::Write) {
+                step = connection.step();
+            }
+        }
+        step
+    }
+
     const STATUS: &[u8] = b"{\"v\":1,\"cmd\":\"status\"}\n";
 
     #[test]
@@ -182,6 +243,7 @@ mod tests {
         let (mut connection, mut client) = pair();
         client.write_all(b"hello\n").unwrap();
         client.write_all(STATUS).unwrap();
+        assert_eq!(connection.step(), Step::Write);
         assert_eq!(connection.step(), Step::Answer(Command::Status));
         assert!(read_all(&mut client).starts_with("{\"v\":1,\"error\":\"not a request"));
     }
@@ -190,9 +252,38 @@ mod tests {
     fn an_endless_line_ends_it() {
         let (mut connection, mut client) = pair();
         client.write_all(&vec![b' '; MAX_LINE + 1]).unwrap();
-        assert_eq!(connection.step(), Step::Gone);
+        assert_eq!(go(&mut connection), Step::Gone);
         drop(connection);
         assert!(read_all(&mut client).contains("longer than 65536 bytes"));
+    }
+
+    #[test]
+    fn a_step_takes_one_line_however_many_there_are() {
+        let (mut connection, mut client) = pair();
+        client.write_all(&b"\n".repeat(10_000)).unwrap();
+        for lines in 1..=100 {
+            assert_eq!(connection.step(), Step::Write);
+            assert_eq!(connection.lines(), lines);
+            assert!(connection.output.len() < 200 && connection.input.len() <= CHUNK);
+        }
+        assert_eq!(read_all(&mut client).lines().count(), 99);
+    }
+
+    #[test]
+    fn it_is_known_whose_turn_it_is() {
+        let (mut connection, mut client) = pair();
+        assert_eq!(connection.step(), Step::Read);
+        assert!(!connection.is_unfinished() && !connection.is_busy());
+        client.write_all(&STATUS[..10]).unwrap();
+        assert_eq!(connection.step(), Step::Read);
+        assert!(connection.is_unfinished());
+        client.write_all(&STATUS[10..]).unwrap();
+        assert_eq!(connection.step(), Step::Answer(Command::Status));
+        assert!(!connection.is_unfinished() && connection.is_busy());
+        connection.reply("one\n");
+        assert!(connection.is_unfinished() && !connection.is_busy());
+        assert_eq!(connection.step(), Step::Read);
+        assert!(!connection.is_unfinished());
     }
 
     #[test]

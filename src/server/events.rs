@@ -47,7 +47,7 @@ impl Server<'_> {
                         clients.accept(&self.poll, now);
                     }
                 }
-                _ => self.client(token),
+                _ => self.client(token, now),
             }
         }
         self.tick(now);
@@ -63,7 +63,7 @@ impl Server<'_> {
             front.tick(&self.poll, now);
         }
         if let Some(clients) = &mut self.clients {
-            clients.door.tick(&self.poll, now);
+            clients.tick(&self.poll, now);
         }
     }
 
@@ -157,7 +157,7 @@ impl Server<'_> {
                 Answer::Reply(client, line) => {
                     let clients = self.clients.as_mut();
                     if let Some((id, next)) =
-                        clients.and_then(|c| c.answered(&self.poll, client, &line))
+                        clients.and_then(|c| c.answered(&self.poll, client, &line, now()))
                     {
                         self.help(id, next);
                     }
@@ -166,14 +166,14 @@ impl Server<'_> {
         }
     }
 
-    fn client(&mut self, token: u64) {
+    fn client(&mut self, token: u64, now: Duration) {
         let Some(clients) = &mut self.clients else { return };
         let id = clients.client(token);
-        match clients.ready(&self.poll, id) {
+        match clients.ready(&self.poll, id, now) {
             Some(Command::Status) => {
                 let line = self.status();
                 if let Some(clients) = &mut self.clients {
-                    clients.reply(&self.poll, id, &line);
+                    clients.reply(&self.poll, id, &line, now);
                 }
             }
             Some(command) => {

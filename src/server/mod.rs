@@ -383,7 +383,7 @@ impl<'a> Server<'a> {
             _ => self.start_deadline(),
         };
         let front = self.front.as_ref().and_then(Front::deadline);
-        let clients = self.clients.as_ref().and_then(|clients| clients.door.deadline());
+        let clients = self.clients.as_ref().and_then(Clients::deadline);
         let keeper = self.owner.keeper.deadline();
         [phase, front, clients, keeper, self.watch.deadline()].into_iter().flatten().min()
     }
