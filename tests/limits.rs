@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use integration::rig::command::close;
@@ -13,6 +14,8 @@ use integration::rig::frontend::{self, Frontend};
 use integration::rig::ring::Descriptor;
 use integration::rig::wait::{PATIENCE, until};
 use integration::rig::{Bed, Rig, Setup};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_extentd");
@@ -105,6 +108,36 @@ fn floods(options: &[&str], is_line: impl Fn(&str) -> bool) {
 #[test]
 fn floods_leave_a_few_lines_in_the_log() {
     floods(&[], |line| !line.is_empty());
+}
+
+/// Nobody reads the log, so that every thread that has something to say waits for ever: not the one that hears signals.
+#[test]
+fn a_second_signal_ends_a_daemon_whose_log_nobody_reads() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (image, socket) = (scratch.path().join("image"), scratch.path().join("s"));
+    std::fs::write(&image, vec![1; 1 << 20]).unwrap();
+    let (_reader, mut log) = std::io::pipe().unwrap();
+    let flags = fcntl_getfl(&log).unwrap();
+    fcntl_setfl(&log, flags | OFlags::NONBLOCK).unwrap();
+    while log.write(&[b'x'; 4096]).is_ok() {}
+    fcntl_setfl(&log, flags).unwrap();
+    let mut daemon = Command::new(PROGRAM);
+    daemon.arg("--blk-file").arg(&image).arg("--socket-path").arg(&socket);
+    let mut daemon = daemon.arg("--mode=filesystem").stderr(log).spawn().unwrap();
+    let pid = Pid::from_child(&daemon);
+    until("the socket", PATIENCE, || socket.exists().then_some(())).unwrap();
+    kill_process(pid, Signal::TERM).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(daemon.try_wait().unwrap(), None, "it ended without the log");
+    // Another signal of the same kind could still be taken for the first.
+    kill_process(pid, Signal::INT).unwrap();
+    let told = Instant::now();
+    let ended = until("the end", PATIENCE, || daemon.try_wait().unwrap());
+    if ended.is_err() {
+        daemon.kill().unwrap();
+    }
+    assert_eq!(ended.unwrap().code(), Some(1));
+    println!("it took {:?}", told.elapsed());
 }
 
 /// As JSON, and with everything that can be said.

@@ -151,9 +151,11 @@ fn a_second_sigterm_ends_it_at_once() {
     bed.daemon.signal(Signal::TERM).unwrap();
     until("the second", PATIENCE, || bed.daemon.log().contains("told to stop twice").then_some(()))
         .unwrap();
-    // The kernel keeps the dead process until its last request has ended.
-    slow.heal();
+    // Before the disk answers: the write is the kernel's now, with the lease and the lock (R1a).
     assert_eq!(bed.daemon.wait(PATIENCE).unwrap().code(), Some(1));
+    let log = bed.daemon.log();
+    assert!(log.contains("What was still waited for: requests in flight ("), "{log}");
+    slow.heal();
     drop(client);
     bed.restart(&[]).unwrap();
     bed.finish().unwrap();

@@ -25,10 +25,11 @@ use super::poll::now;
 use crate::config::{LogFormat, LogLevel, Settings};
 
 /// Modules all of whose lines have causes that no guest, frontend or control client can repeat at will.
-const HOST_MODULES: [&str; 5] = [
+const HOST_MODULES: [&str; 6] = [
     "extentd::image",
     "extentd::server::owner",
     "extentd::server::process",
+    "extentd::server::stop",
     "extentd::server::watch",
     "extentd::sys::uring::enter",
 ];

@@ -24,6 +24,7 @@ mod poll;
 mod populate;
 mod process;
 mod socket;
+mod stop;
 mod watch;
 
 use std::io;
@@ -39,8 +40,6 @@ use crate::engine::Rules;
 use crate::engine::shared::Shared;
 use crate::image::{FileKey, Image, OpenError};
 use crate::inbox::{Inbox, Poster};
-use crate::sys::process::Signals;
-use crate::sys::signals::LeaseSignals;
 use crate::virtio::session::DeviceConfig;
 
 use clients::Clients;
@@ -56,6 +55,8 @@ use populate::Loading;
 use process::{Link, News, Process};
 pub use socket::SocketError;
 use socket::{Inherited, Listener};
+pub use stop::AllSignals;
+use stop::Stage;
 use watch::InodeWatch;
 
 /// Longest that the first decision on the mode is waited for: a process that opens the image again
@@ -95,28 +96,6 @@ pub enum ServeError {
 
 fn failed(action: &'static str) -> impl Fn(io::Error) -> ServeError {
     move |source| ServeError::Io { action, source }
-}
-
-/// The signals this process reads; blocked before any thread exists.
-#[derive(Debug)]
-pub struct AllSignals {
-    /// SIGTERM and SIGINT.
-    pub stop: Signals,
-    /// The lease's (R1).
-    pub lease: LeaseSignals,
-}
-
-impl AllSignals {
-    /// Blocks them. SIGPIPE is ignored already: Rust's runtime does it before `main`.
-    ///
-    /// # Errors
-    /// No descriptors are left.
-    pub fn block() -> io::Result<Self> {
-        Ok(Self {
-            stop: Signals::block(&[libc::SIGTERM, libc::SIGINT])?,
-            lease: crate::sys::signals::block_lease_signals()?,
-        })
-    }
 }
 
 /// How far the daemon is.
@@ -268,6 +247,7 @@ impl<'a> Server<'a> {
             if self.phase == Phase::Over {
                 return Ok(());
             }
+            self.link.progress.set(self.phase.into());
             self.timer.set(self.deadline()).map_err(failed("set the timer"))?;
             self.poll.wait(&mut tokens).map_err(failed("wait for events"))?;
             self.handle(&tokens);
@@ -327,8 +307,13 @@ impl<'a> Server<'a> {
 
     /// Lets the next frontend in once the last one's session has drained.
     fn reap_session(&mut self) {
+        let stage = self.phase.into();
         let Some(front) = &mut self.front else { return };
-        if !front.finish() {
+        // It waits in there for the session's threads.
+        self.link.progress.set(Stage::Joining);
+        let finished = front.finish();
+        self.link.progress.set(stage);
+        if !finished {
             return;
         }
         if front.is_last() {
@@ -390,7 +375,9 @@ impl<'a> Server<'a> {
 
     /// The sockets go with their owners.
     fn finish(self) -> Result<(), ServeError> {
+        self.link.progress.set(Stage::Touching);
         self.owner.finish(LAST_SYNC);
+        self.link.progress.set(Stage::Over);
         self.outcome
     }
 }

@@ -20,17 +20,17 @@ use tracing::{Span, error, info};
 use super::log::{device_span, report_suppressed};
 use super::poll::{Interest, Poll, Timer, now};
 use super::socket::{self, Inherited};
+use super::stop::{self, Progress};
 use super::{AllSignals, ServeError, failed};
 use crate::config::{Config, Endpoint, Settings};
 use crate::engine::Rules;
-use crate::image::{FileKey, LeaseSignal, WatchId, Watches};
+use crate::image::{FileKey, LeaseSignal, LeaseSignals, WatchId, Watches};
 use crate::inbox::{Event, Inbox, Poster, inbox};
 
 /// How long devices that are ready wait for those that are not. Until then a failure of one is the failure
 /// of all; afterwards those that are ready serve, and the others fail or follow by themselves.
 const TOGETHER: Duration = Duration::from_secs(10);
 
-const STOP: u64 = 0;
 const LEASE: u64 = 1;
 const WATCH: u64 = 2;
 const NEWS: u64 = 3;
@@ -47,6 +47,8 @@ pub(super) enum News {
     Serving,
     /// It is over, and nothing of it is left.
     Ended(Result<(), ServeError>),
+    /// Not of a device's: the process is to end.
+    Stop,
 }
 
 /// A device's end of the line to the process.
@@ -58,6 +60,8 @@ pub(super) struct Link {
     claims: Arc<Mutex<BTreeMap<FileKey, usize>>>,
     /// On all images.
     pub(super) watches: Arc<Watches>,
+    /// How far this device is.
+    pub(super) progress: Arc<Progress>,
 }
 
 impl Link {
@@ -110,7 +114,7 @@ struct Device {
 pub(super) struct Process {
     poll: Poll,
     timer: Timer,
-    signals: AllSignals,
+    lease: LeaseSignals,
     watches: Arc<Watches>,
     news: Inbox<(usize, News)>,
     devices: Vec<Device>,
@@ -142,20 +146,26 @@ impl Process {
         let poll = Poll::new().map_err(failed("make an epoll set"))?;
         let timer = Timer::new().map_err(failed("make a timer"))?;
         let claims = Arc::default();
+        let progress: Vec<_> = settings.devices.iter().map(progress).collect();
+        let ends = poster.clone();
+        stop::start(signals.stop, progress.clone(), move || ends.post((0, News::Stop)))
+            .map_err(failed("start a thread"))?;
         let mut devices = Vec::new();
-        for ((index, config), inherited) in settings.devices.iter().enumerate().zip(inherited) {
+        let configs = settings.devices.iter().enumerate();
+        for (((index, config), inherited), progress) in configs.zip(inherited).zip(progress) {
             let link = Link {
                 index,
                 news: poster.clone(),
                 claims: Arc::clone(&claims),
                 watches: Arc::clone(&watches),
+                progress,
             };
             devices.push(Device::start(config, rules, inherited, link, several)?);
         }
         let process = Self {
             poll,
             timer,
-            signals,
+            lease: signals.lease,
             watches,
             news,
             devices,
@@ -169,8 +179,7 @@ impl Process {
     }
 
     fn register(&self) -> io::Result<()> {
-        self.poll.add(&self.signals.stop, STOP, Interest::Read)?;
-        self.poll.add(&self.signals.lease, LEASE, Interest::Read)?;
+        self.poll.add(&self.lease, LEASE, Interest::Read)?;
         self.poll.add(&*self.watches, WATCH, Interest::Read)?;
         self.poll.add(&self.news, NEWS, Interest::Read)?;
         self.poll.add(&self.timer, TIMER, Interest::Read)
@@ -185,9 +194,6 @@ impl Process {
             self.poll.wait(&mut tokens).map_err(failed("wait for events"))?;
             if tokens.contains(&TIMER) {
                 self.timer.hear();
-            }
-            if tokens.contains(&STOP) {
-                self.stop_signals();
             }
             // Whose they are is looked up after the news: a device tells of its image before it takes a lease.
             let (broken, touched) = (self.broken_leases(), self.touched_images());
@@ -214,26 +220,13 @@ impl Process {
         }
     }
 
-    fn stop_signals(&mut self) {
-        while self.signals.stop.next().is_some() {
-            if self.stop {
-                error!("told to stop twice; ending at once, I/O in flight is left to the kernel");
-                // Nothing is unwound: a thread may be stuck, and the kernel cleans up anyway.
-                std::process::exit(1);
-            }
-            info!("told to stop");
-            self.stop = true;
-            self.stop_devices();
-        }
-    }
-
     fn stop_devices(&self) {
         self.devices.iter().for_each(|device| device.inbox.post(Event::Stop));
     }
 
     /// The descriptors whose leases are being broken; `None` among them: every lease has to be looked at.
     fn broken_leases(&self) -> Vec<Option<RawFd>> {
-        let signals = std::iter::from_fn(|| self.signals.lease.next().ok().flatten());
+        let signals = std::iter::from_fn(|| self.lease.next().ok().flatten());
         let fd = |signal| match signal {
             LeaseSignal::Break(fd) => Some(fd),
             LeaseSignal::CheckAll => None,
@@ -261,6 +254,12 @@ impl Process {
         while let Some((index, news)) = self.news.next() {
             let Some(device) = self.devices.get_mut(index) else { continue };
             match news {
+                News::Stop => {
+                    self.stop = true;
+                    // Before the line, which may have to wait for the reader of the log.
+                    self.stop_devices();
+                    info!("told to stop");
+                }
                 News::Open(image, watch) => {
                     (device.image, device.watch) = (Some(image), watch);
                     device.state = State::Open;
@@ -377,6 +376,10 @@ impl Device {
 /// Whether what was heard concerns the one that is known by `own`.
 fn names(heard: &[Option<i32>], own: Option<i32>) -> bool {
     own.is_some() && heard.iter().any(|id| id.is_none() || *id == own)
+}
+
+fn progress(config: &Config) -> Arc<Progress> {
+    Arc::new(Progress::new(config.blk_file.clone()))
 }
 
 fn inherited(config: &Config) -> Result<Option<Inherited>, ServeError> {

@@ -3,7 +3,7 @@
 //! processes it meets.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::c_int;
 use rustix::process::Pid;
@@ -49,10 +49,22 @@ impl Signals {
     }
 }
 
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
+}
+
+/// Ends this process now: no destructor, no handler, no lock of a thread that may never give it back.
+pub fn end_process(status: c_int) -> ! {
+    // SAFETY: _exit takes a number and touches no memory of ours; what other threads are doing ends with them.
+    unsafe { libc::_exit(status) }
 }
 
 /// Takes over an inherited descriptor and keeps it from being inherited further.
@@ -97,7 +109,7 @@ pub fn peer_pid(socket: BorrowedFd<'_>) -> Option<Pid> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::{AsFd, IntoRawFd};
+    use std::os::fd::IntoRawFd;
 
     use super::*;
 
