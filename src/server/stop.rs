@@ -39,6 +39,7 @@ impl AllSignals {
     /// # Errors
     /// No descriptors are left.
     pub fn block() -> io::Result<Self> {
+        crate::sys::fault::install()?;
         Ok(Self {
             stop: Signals::block(&[libc::SIGTERM, libc::SIGINT])?,
             lease: crate::sys::signals::block_lease_signals()?,

@@ -3,6 +3,7 @@
 
 pub mod blockdev;
 pub mod buffer;
+pub mod fault;
 pub mod fd;
 pub mod fiemap;
 pub mod inode;

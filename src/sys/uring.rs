@@ -27,6 +27,7 @@ use std::time::Duration;
 use io_uring::{IoUring, cqueue, squeue};
 
 use super::buffer::{BouncePool, Buffers, GuestBuffers};
+use super::fault::lost_here;
 use super::page_cache;
 use crate::engine::io::{Buf, Target};
 use crate::engine::units::FileRange;
@@ -331,8 +332,15 @@ impl Io for Ring {
     fn submit(&mut self, id: OpId, op: Op) -> Poll<i32> {
         let done = |valid: Option<()>| Poll::Ready(valid.map_or(-libc::EINVAL, |()| 0));
         match op {
-            Op::Zero(buf) => done(self.buffers.zero(buf)),
-            Op::Copy { from, to } => done(self.buffers.copy(from, to)),
+            // In place of memory that is gone there were zeros, which nobody has written.
+            Op::Zero(buf) => match self.buffers.zero(buf) {
+                Some(()) if lost_here() => Poll::Ready(-libc::EFAULT),
+                valid => done(valid),
+            },
+            Op::Copy { from, to } => match self.buffers.copy(from, to) {
+                Some(()) if lost_here() => Poll::Ready(-libc::EFAULT),
+                valid => done(valid),
+            },
             Op::ConfirmLease => Poll::Ready(i32::from(self.lease_held())),
             Op::CachedPages(range) => Poll::Ready(self.cached_pages(range)),
             Op::Read(..) | Op::Write(..) | Op::Zeroes(..) | Op::SyncImage | Op::SyncDevice(..) => {

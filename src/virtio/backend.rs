@@ -33,6 +33,7 @@ use crate::engine::counters::Counters;
 use crate::engine::message::WorkerId;
 use crate::engine::request::Limits;
 use crate::inbox::Event;
+use crate::sys::fault::GuestRegions;
 use crate::sys::fd::Forgotten;
 use crate::sys::uring::Ring;
 
@@ -88,6 +89,8 @@ pub struct Backend {
     seats: Mutex<Vec<Option<Seat>>>,
     exits: Mutex<Exits>,
     id: Id,
+    /// The guest's memory, parts of which may turn out to be missing.
+    regions: Arc<GuestRegions>,
     /// Names the device in the log, if the process has several.
     pub(crate) span: tracing::Span,
     mode: SessionMode,
@@ -117,6 +120,7 @@ impl Backend {
             threads,
             exits: Mutex::new(Exits { made, forgotten: Vec::new() }),
             id,
+            regions: Arc::new(GuestRegions::new()?),
             span: tracing::Span::current(),
             mode: SessionMode::new(),
             started: AtomicBool::new(false),
@@ -142,6 +146,11 @@ impl Backend {
     /// The answer to GET_ID.
     pub(crate) fn id(&self) -> &Id {
         &self.id
+    }
+
+    /// The guest's memory, which tells when a part of it is missing.
+    pub(crate) fn regions(&self) -> &Arc<GuestRegions> {
+        &self.regions
     }
 
     /// Whether writes complete only when durable (R15).
@@ -323,11 +332,13 @@ impl VhostUserBackend for Backend {
     /// of the old is in use, and this returns then (R22).
     fn update_memory(&self, memory: AtomicMemory) -> io::Result<()> {
         let memory = memory.memory();
+        self.regions.add(&memory)?;
         // Each worker gets a list of its own: they count references to it with every request, and
         // would take the counter's cache line from each other.
         self.drain_all("memory change", |done| {
             Mail::Memory(Arc::new(Memory::clone(&memory)), done)
         });
+        self.regions.keep(&memory);
         Ok(())
     }
 

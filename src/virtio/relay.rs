@@ -5,7 +5,7 @@
 //! here: the crate would read them blocking, under a lock, and end its thread if somebody else had;
 //! it gets a silent substitute instead. Call and err fds are also given to the worker. A ring is
 //! drained before the message that disables it is forwarded. Memory that a truncated file cannot
-//! back is refused, since touching it would be SIGBUS. It knows nothing about blocks and goes away when the
+//! back is refused, and the session ends when a part of it turns out to be missing later. It knows nothing about blocks and goes away when the
 //! crate grows the hooks.
 
 use std::io;
@@ -20,6 +20,7 @@ use vhost::vhost_user::message::FrontendReq;
 
 use super::notify::Notifier;
 use super::wire::{Message, WireError};
+use crate::sys::fault::GuestRegions;
 
 /// Bits of a SET_VRING_{KICK,CALL,ERR} payload that number the queue.
 const VRING_INDEX_MASK: u64 = 0xff;
@@ -64,6 +65,11 @@ pub(crate) enum RelayError {
         /// The file's size.
         size: u64,
     },
+    /// Memory that was there, or seemed to be.
+    #[error(
+        "guest memory is missing: its file was shortened, or the host has no huge page or no room in a tmpfs for it; have it allocated at the start (QEMU: prealloc=on)"
+    )]
+    MemoryLost,
     /// Our side.
     #[error("relay: {0}")]
     Internal(#[from] io::Error),
@@ -102,6 +108,8 @@ pub(crate) struct Relay {
     pub(crate) back: UnixStream,
     /// Readable when the session is to end.
     pub(crate) exit: Arc<OwnedFd>,
+    /// Readable when a part of the guest's memory is missing.
+    pub(crate) memory: Arc<GuestRegions>,
 }
 
 /// One direction.
@@ -151,12 +159,16 @@ impl Relay {
             PollFd::from_borrowed_fd(self.exit.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.front.as_fd(), front_in | front_out),
             PollFd::from_borrowed_fd(self.back.as_fd(), back_in | back_out),
+            PollFd::from_borrowed_fd(self.memory.as_fd(), PollFlags::IN),
         ];
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(RelayError::Internal(error.into())),
         }
-        let [exit, front, back] = &fds;
+        let [exit, front, back, memory] = &fds;
+        if !memory.revents().is_empty() {
+            return Err(RelayError::MemoryLost);
+        }
         // Who hung up while its message cannot be forwarded would wake us for ever.
         let hung_up = |side: &PollFd<'_>| side.revents().contains(PollFlags::HUP);
         let stuck = (hung_up(front) && to_back.sending) || (hung_up(back) && to_front.sending);

@@ -236,8 +236,8 @@ impl Session {
             wait.recv().map_err(|_| io::Error::other("a worker thread ended"))??;
         }
         let back = connect(daemon)?;
-        let front = Arc::clone(&self.front);
-        let relay = Relay { front, back, exit: Arc::clone(&self.exit) };
+        let (exit, memory) = (Arc::clone(&self.exit), Arc::clone(self.backend.regions()));
+        let relay = Relay { front: Arc::clone(&self.front), back, exit, memory };
         let backend = Arc::clone(&self.backend);
         let run = move || {
             let _named = backend.span.enter();

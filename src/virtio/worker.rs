@@ -351,7 +351,10 @@ impl<D: Disk> Worker<D> {
             queue.broken = true;
             let queue = queue.index;
             self.complain(place);
-            tracing::warn!(queue, %why, "queue stopped until it is set up anew");
+            // Rings that are missing are told of once, by the session's end.
+            if !self.backend.regions().are_lost() {
+                tracing::warn!(queue, %why, "queue stopped until it is set up anew");
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use vm_memory::Bytes;
 
 use super::{Disk, Queue, Worker};
 use crate::engine::request::{self, Kind, MAX_SEGMENTS, Parsed, Request, SEGMENT_BYTES, Status};
+use crate::sys::fault::lost_here;
 use crate::virtio::Memory;
 use crate::virtio::chain::{Chain, Malformed, Parts, Piece, Table};
 use crate::virtio::features::MAX_DATA;
@@ -106,7 +107,9 @@ impl<D: Disk> Worker<D> {
         queue.done(arrival.head, 0);
         let index = queue.index;
         self.complain(arrival.queue);
-        tracing::warn!(queue = index, %why, "malformed descriptor chain");
+        if !lost_here() {
+            tracing::warn!(queue = index, %why, "malformed descriptor chain");
+        }
     }
 
     fn begin(&mut self, disk: &mut D, memory: &Arc<Memory>, parts: Parts, arrival: Arrival) {
@@ -125,6 +128,10 @@ impl<D: Disk> Worker<D> {
             }
             Parsed::Answer(status) => return self.answer_now(&parts, arrival, status),
         };
+        if lost_here() {
+            // What was read of it may be zeros that the guest never wrote.
+            return self.answer_now(&parts, arrival, Status::IoError);
+        }
         let Arrival { queue, head, now } = arrival;
         let written = written(&parts);
         let pending = Pending { queue, head, status: parts.status, written, since: now };

@@ -81,11 +81,16 @@ impl std::fmt::Debug for Frontend {
 impl Frontend {
     /// Connects without a word. A message that is never answered is an error.
     pub fn connect(path: &Path, rings: u16, size: u16) -> io::Result<Frontend> {
+        let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
+        file.set_len(u64::from(rings) * RING_MEMORY)?;
+        Frontend::over(path, file, rings, size)
+    }
+
+    /// The same with guest memory in `file`, which is long enough.
+    pub fn over(path: &Path, file: File, rings: u16, size: u16) -> io::Result<Frontend> {
         let stream = wait::until("connecting", PATIENCE, || UnixStream::connect(path).ok())?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let len = u64::from(rings) * RING_MEMORY;
-        let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
-        file.set_len(len)?;
         let region = (
             GuestAddress(0),
             usize::try_from(len).map_err(io::Error::other)?,
@@ -101,15 +106,21 @@ impl Frontend {
     /// Connects, negotiates `features`, shares the memory and starts every ring.
     pub fn start(path: &Path, rings: u16, size: u16, features: u64) -> io::Result<Frontend> {
         let mut frontend = Frontend::connect(path, rings, size)?;
-        frontend.negotiate(features)?;
-        frontend.share_memory()?;
-        for index in 0..frontend.rings.len() {
-            frontend.set_up(index, 0)?;
-            frontend.set_kick(index)?;
-            frontend.set_call(index)?;
-            frontend.enable(index, true)?;
-        }
+        frontend.bring_up(features)?;
         Ok(frontend)
+    }
+
+    /// Negotiates `features`, shares the memory and starts every ring.
+    pub fn bring_up(&mut self, features: u64) -> io::Result<()> {
+        self.negotiate(features)?;
+        self.share_memory()?;
+        for index in 0..self.rings.len() {
+            self.set_up(index, 0)?;
+            self.set_kick(index)?;
+            self.set_call(index)?;
+            self.enable(index, true)?;
+        }
+        Ok(())
     }
 
     /// Forgets the rings' state and eventfds, as a driver does that starts over. Their memory is zero again.

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus};
+use std::sync::atomic::AtomicU64;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vm_memory::{Bytes, FileOffset, GuestAddress};
+
+use super::*;
+
+const MIB: usize = 1 << 20;
+
+fn memory(file: &OwnedFd, bytes: usize) -> Memory {
+    let file = FileOffset::new(file.try_clone().unwrap().into(), 0);
+    Memory::from_ranges_with_files([(GuestAddress(0), bytes, Some(file))]).unwrap()
+}
+
+fn memfd(flags: MemfdFlags) -> OwnedFd {
+    memfd_create("guest-ram", flags | MemfdFlags::CLOEXEC).unwrap()
+}
+
+fn rang(regions: &GuestRegions) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(regions, PollFlags::IN)], Some(&now)).unwrap() == 1
+}
+
+/// On a thread of its own, as a worker is.
+fn on_a_thread<T: Send>(act: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(act).join().unwrap())
+}
+
+#[test]
+fn what_a_shortened_file_had_reads_as_zeros_and_its_session_hears_of_it() {
+    let file = memfd(MemfdFlags::empty());
+    ftruncate(&file, MIB as u64).unwrap();
+    let memory = memory(&file, MIB);
+    let (regions, other) = (GuestRegions::new().unwrap(), GuestRegions::new().unwrap());
+    regions.add(&memory).unwrap();
+    regions.keep(&memory);
+    memory.write_obj(7_u64, GuestAddress(0)).unwrap();
+    memory.write_obj(9_u64, GuestAddress(8192)).unwrap();
+    assert!(!regions.are_lost() && !rang(&regions));
+    ftruncate(&file, 4096).unwrap();
+    on_a_thread(|| {
+        assert!(!lost_here());
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(8192)).unwrap(), 0);
+        assert!(lost_here());
+        // An object that is part here, part gone.
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(4092)).unwrap(), 0);
+        memory.write_obj(5_u64, GuestAddress(12288)).unwrap();
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(12288)).unwrap(), 5);
+    });
+    assert_eq!(memory.read_obj::<u64>(GuestAddress(0)).unwrap(), 7, "a page that is there");
+    assert!(regions.are_lost() && rang(&regions));
+    assert!(!other.are_lost() && !rang(&other), "another session");
+    assert!(!lost_here(), "another thread");
+}
+
+#[test]
+fn huge_pages_that_the_host_does_not_have() {
+    let file = memfd(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
+    let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    if ftruncate(&file, 4 * MIB as u64).is_err() || free.is_ok_and(|free| free.trim() != "0") {
+        println!("skipped: there are huge pages, or the kernel knows none");
+        return;
+    }
+    assert_eq!(page_size(file.as_fd()).unwrap(), 2 * MIB);
+    let memory = memory(&file, 4 * MIB);
+    let regions = GuestRegions::new().unwrap();
+    regions.add(&memory).unwrap();
+    for at in [3 * MIB, 0] {
+        assert_eq!(on_a_thread(|| memory.read_obj::<u64>(GuestAddress(at as u64)).unwrap()), 0);
+    }
+    assert!(regions.are_lost());
+}
+
+#[test]
+fn many_missing_pages_do_not_use_up_the_mappings_of_the_process() {
+    const PAGES: usize = 20_000;
+    let file = memfd(MemfdFlags::empty());
+    ftruncate(&file, (PAGES * 4096) as u64).unwrap();
+    let memory = memory(&file, PAGES * 4096);
+    let regions = GuestRegions::new().unwrap();
+    regions.add(&memory).unwrap();
+    ftruncate(&file, 0).unwrap();
+    let mappings = || std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
+    let before = mappings();
+    on_a_thread(|| {
+        // Every other page, so that no two of them join to one mapping.
+        for page in (0..PAGES).step_by(2) {
+            let at = GuestAddress((page * 4096) as u64);
+            assert_eq!(memory.read_obj::<u64>(at).unwrap(), 0);
+        }
+    });
+    assert!(mappings() < before + 2 * SINGLE_PAGES as usize + 64);
+}
+
+/// Sessions come and go while another one's memory is touched: each fault finds its region.
+#[test]
+fn regions_are_found_while_others_come_and_go() {
+    let stop = AtomicBool::new(false);
+    let rounds = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let file = memfd(MemfdFlags::empty());
+                    ftruncate(&file, 65536).unwrap();
+                    let (one, two) = (memory(&file, 65536), memory(&file, 32768));
+                    let regions = GuestRegions::new().unwrap();
+                    regions.add(&one).unwrap();
+                    regions.add(&two).unwrap();
+                    regions.keep(&two);
+                    drop(one);
+                    rounds.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let file = memfd(MemfdFlags::empty());
+        let mut faults = 0;
+        while faults < 200 || rounds.load(Ordering::Relaxed) < 200 {
+            let memory = memory(&file, 4096);
+            let regions = GuestRegions::new().unwrap();
+            regions.add(&memory).unwrap();
+            assert_eq!(memory.read_obj::<u64>(GuestAddress(8)).unwrap(), 0);
+            assert!(regions.are_lost());
+            faults += 1;
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+/// Runs the `#[ignore]`d test `name` of this module in a process of its own.
+fn end_of(name: &str) -> ExitStatus {
+    let name = format!("sys::fault::tests::{name}");
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--ignored", &name])
+        .env("FAULT_TEST_CHILD", "1")
+        .output()
+        .unwrap()
+        .status
+}
+
+#[test]
+#[ignore = "dies of SIGBUS; run by the test below"]
+fn child_touches_memory_that_nobody_registered() {
+    if std::env::var_os("FAULT_TEST_CHILD").is_none() {
+        return;
+    }
+    let file = memfd(MemfdFlags::empty());
+    ftruncate(&file, 8192).unwrap();
+    let memory = memory(&file, 8192);
+    let regions = GuestRegions::new().unwrap();
+    regions.add(&memory).unwrap();
+    regions.keep(&Memory::new());
+    ftruncate(&file, 0).unwrap();
+    let _ = memory.read_obj::<u64>(GuestAddress(0));
+}
+
+#[test]
+#[ignore = "dies of SIGBUS; run by the test below"]
+fn child_is_sent_the_signal() {
+    if std::env::var_os("FAULT_TEST_CHILD").is_none() {
+        return;
+    }
+    install().unwrap();
+    let pid = rustix::process::getpid();
+    rustix::process::kill_process(pid, rustix::process::Signal::BUS).unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(30));
+}
+
+#[test]
+fn any_other_sigbus_is_fatal() {
+    for name in ["child_touches_memory_that_nobody_registered", "child_is_sent_the_signal"] {
+        assert_eq!(end_of(name).signal(), Some(libc::SIGBUS), "{name}");
+    }
+}
