@@ -32,15 +32,17 @@ fn file(front: &Frontend) -> File {
     vm_memory::GuestMemoryRegion::file_offset(region).unwrap().file().try_clone().unwrap()
 }
 
-/// `act` costs its session, which says so in one line; the daemon lives and serves the next one.
-fn costs_its_session(bed: &Bed, what: &str, act: impl FnOnce()) {
+/// `act` costs its session, which says so in one line while the frontend is still there; the daemon lives and serves the
+/// next one.
+fn costs_its_session(bed: &Bed, what: &str, act: impl FnOnce() -> Frontend) {
     println!("{what}");
     let told = || bed.daemon.log().matches(LINE).count();
     let before = told();
-    act();
+    let front = act();
     until("the session's end", PATIENCE, || (told() > before).then_some(())).unwrap();
+    drop(front);
     let mut client = bed.connect(2).unwrap_or_else(|error| panic!("after {what}: {error}"));
-    let bytes = client.read_at(0, 1 << 20).unwrap();
+    let bytes = client.read_at(0, 256 << 10).unwrap();
     bed.model.check(0, &bytes).unwrap_or_else(|error| panic!("after {what}: {error}"));
     client.flush().unwrap();
     assert_eq!(told(), before + 1, "one line: {}", bed.daemon.log());
@@ -71,6 +73,7 @@ fn data_gone(bed: &Bed, what: &str, request: u32, data: u64, flags: u16) {
         ring.kick().unwrap();
         ring.wait_used(PATIENCE).unwrap();
         assert_eq!(ring.status(0).unwrap(), IOERR, "{what}");
+        front
     });
 }
 
@@ -78,10 +81,12 @@ fn data_gone(bed: &Bed, what: &str, request: u32, data: u64, flags: u16) {
 fn a_memfd_that_is_shortened_costs_its_session() {
     let Some(rig) = Rig::enter() else { return };
     let bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
     costs_its_session(&bed, "a ring that is gone when it is kicked", || {
         let front = Frontend::start(bed.daemon.socket(), 1, 64, FEATURES).unwrap();
         file(&front).set_len(0).unwrap();
         front.ring(0).unwrap().kick().unwrap();
+        front
     });
     // Behind what is left, and not where a disk could read or write it directly.
     let odd = 2 * MIB + 1;
@@ -96,6 +101,7 @@ fn a_memfd_that_is_shortened_costs_its_session() {
         file(&front).set_len(0).unwrap();
         // It may be answered or not: the session ends meanwhile.
         let _ = front.set_up(0, 0);
+        front
     });
     bed.finish().unwrap();
 }
@@ -137,6 +143,7 @@ fn huge_pages_that_the_host_does_not_have_cost_their_session() {
         front.negotiate(FEATURES).unwrap();
         front.share_memory().unwrap();
         let _ = front.set_up(0, 0);
+        front
     });
     bed.finish().unwrap();
 }
@@ -162,6 +169,7 @@ fn a_tmpfs_without_room_costs_its_session() {
         ring.kick().unwrap();
         ring.wait_used(PATIENCE).unwrap();
         assert_eq!(ring.status(0).unwrap(), IOERR);
+        front
     });
     bed.finish().unwrap();
 }
@@ -199,6 +207,7 @@ fn memory_that_comes_and_goes_with_sessions_is_watched_each_time() {
             };
             front.wire.set_vring_num(0, 64).unwrap();
             let _ = front.wire.set_vring_addr(0, &config);
+            front
         });
     }
     bed.finish().unwrap();

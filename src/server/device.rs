@@ -73,6 +73,7 @@ pub(super) fn describe(
         polling: config.polling,
         pin_memory: config.pin_memory,
         cache: CacheMode::new(config.write_back),
+        inspections: Arc::default(),
         inbox,
     }
 }

@@ -7,6 +7,7 @@ pub mod fault;
 pub mod fd;
 pub mod fiemap;
 pub mod inode;
+pub mod inspect;
 pub mod lease;
 pub mod ofd_lock;
 pub mod page_cache;

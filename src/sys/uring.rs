@@ -332,15 +332,10 @@ impl Io for Ring {
     fn submit(&mut self, id: OpId, op: Op) -> Poll<i32> {
         let done = |valid: Option<()>| Poll::Ready(valid.map_or(-libc::EINVAL, |()| 0));
         match op {
-            // In place of memory that is gone there were zeros, which nobody has written.
-            Op::Zero(buf) => match self.buffers.zero(buf) {
-                Some(()) if lost_here() => Poll::Ready(-libc::EFAULT),
-                valid => done(valid),
-            },
-            Op::Copy { from, to } => match self.buffers.copy(from, to) {
-                Some(()) if lost_here() => Poll::Ready(-libc::EFAULT),
-                valid => done(valid),
-            },
+            Op::Zero(buf) => done(self.buffers.zero(buf)),
+            Op::Copy { from, to } => done(self.buffers.copy(from, to)),
+            // What was copied there may be zeros in place of memory that is gone, which the guest never wrote.
+            Op::Write(_, Buf::Bounce { .. }) if lost_here() => Poll::Ready(-libc::EFAULT),
             Op::ConfirmLease => Poll::Ready(i32::from(self.lease_held())),
             Op::CachedPages(range) => Poll::Ready(self.cached_pages(range)),
             Op::Read(..) | Op::Write(..) | Op::Zeroes(..) | Op::SyncImage | Op::SyncDevice(..) => {

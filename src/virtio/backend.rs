@@ -35,6 +35,7 @@ use crate::engine::request::Limits;
 use crate::inbox::Event;
 use crate::sys::fault::GuestRegions;
 use crate::sys::fd::Forgotten;
+use crate::sys::inspect::Inspections;
 use crate::sys::uring::Ring;
 
 #[path = "backend_drain.rs"]
@@ -146,6 +147,11 @@ impl Backend {
     /// The answer to GET_ID.
     pub(crate) fn id(&self) -> &Id {
         &self.id
+    }
+
+    /// What looks at the descriptors of the device's frontends.
+    pub(crate) fn inspections(&self) -> Arc<Inspections> {
+        Arc::clone(&self.config.inspections)
     }
 
     /// The guest's memory, which tells when a part of it is missing.

@@ -21,6 +21,7 @@ use vhost::vhost_user::message::FrontendReq;
 use super::notify::Notifier;
 use super::wire::{Message, WireError};
 use crate::sys::fault::GuestRegions;
+use crate::sys::inspect::{InspectError, Inspections, Kind};
 
 /// Bits of a SET_VRING_{KICK,CALL,ERR} payload that number the queue.
 const VRING_INDEX_MASK: u64 = 0xff;
@@ -64,6 +65,14 @@ pub(crate) enum RelayError {
         end: u64,
         /// The file's size.
         size: u64,
+    },
+    /// Descriptors that nobody would close.
+    #[error("message {request} came with {count} file descriptors; it has none")]
+    UnwantedFds {
+        /// The request's number.
+        request: u32,
+        /// How many there were.
+        count: usize,
     },
     /// Memory that was there, or seemed to be.
     #[error(
@@ -110,6 +119,8 @@ pub(crate) struct Relay {
     pub(crate) exit: Arc<OwnedFd>,
     /// Readable when a part of the guest's memory is missing.
     pub(crate) memory: Arc<GuestRegions>,
+    /// Looks at the descriptors of the device's frontends.
+    pub(crate) inspections: Arc<Inspections>,
 }
 
 /// One direction.
@@ -144,7 +155,9 @@ impl Relay {
                 .and_then(|()| self.pump_front(&mut to_front, last));
             match ended {
                 Ok(()) => {}
-                Err(RelayError::Frontend(WireError::Closed)) => return Ok(()),
+                Err(RelayError::Frontend(
+                    WireError::Closed | WireError::Inspect(InspectError::Ended),
+                )) => return Ok(()),
                 Err(error) => return Err(error),
             }
         }
@@ -182,7 +195,8 @@ impl Relay {
         last: &mut u32,
     ) -> Result<(), RelayError> {
         if !lane.sending {
-            if !lane.message.receive(&self.front).map_err(RelayError::Frontend)? {
+            let guard = |bytes| self.admit(bytes);
+            if !lane.message.receive(&self.front, Some(&guard)).map_err(RelayError::Frontend)? {
                 return Ok(());
             }
             lane.message.rewind();
@@ -203,13 +217,23 @@ impl Relay {
         if !lane.sending {
             // The crate closes its end when it is given something it does not accept.
             let refused = |_| RelayError::Refused { last };
-            if !lane.message.receive(&self.back).map_err(refused)? {
+            if !lane.message.receive(&self.back, None).map_err(refused)? {
                 return Ok(());
             }
             lane.message.rewind();
             lane.sending = true;
         }
         lane.sending = !lane.message.send(&self.front).map_err(RelayError::Frontend)?;
+        Ok(())
+    }
+
+    /// Lets the descriptors that come with the frontend's next `bytes` bytes in, if nothing they lead to can make us wait.
+    fn admit(&self, bytes: usize) -> Result<(), WireError> {
+        for kind in self.inspections.inspect(self.front.as_fd(), bytes, &|| self.alive())? {
+            if let Kind::Other(what) = kind {
+                return Err(WireError::Foreign(what));
+            }
+        }
         Ok(())
     }
 
@@ -236,8 +260,14 @@ impl Relay {
             || request == FrontendReq::ADD_MEM_REG as u32
         {
             check_memory(message)
-        } else {
+        } else if request == FrontendReq::REM_MEM_REG as u32 {
+            // Old frontends send one; it is to be closed without being used.
+            message.fds.clear();
             Ok(())
+        } else if message.fds.is_empty() {
+            Ok(())
+        } else {
+            Err(RelayError::UnwantedFds { request, count: message.fds.len() })
         }
     }
 

@@ -73,8 +73,13 @@ fn rig(hooks: Recorder) -> Rig {
     let exit = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
     let hooks = Arc::new(hooks);
     let memory = Arc::new(GuestRegions::new().unwrap());
-    let front = Arc::new(relay_front);
-    let relay = Relay { front, back: relay_back, exit: Arc::clone(&exit), memory };
+    let relay = Relay {
+        front: Arc::new(relay_front),
+        back: relay_back,
+        exit: Arc::clone(&exit),
+        memory,
+        inspections: Arc::default(),
+    };
     let told = Arc::clone(&hooks);
     let relay = std::thread::spawn(move || relay.run(&*told));
     Rig { front, back, exit, hooks, relay }

@@ -39,6 +39,7 @@ use crate::engine::shared::Shared;
 use crate::engine::{Geometry, Rules};
 use crate::inbox::{Event, Poster};
 use crate::sys::fd::Forgotten;
+use crate::sys::inspect::Inspections;
 
 /// Queues of a device, at most: the crate names the queues of a thread by the bits of a `u64`.
 pub const MAX_QUEUES: u16 = 64;
@@ -84,6 +85,8 @@ pub struct DeviceConfig {
     pub strict: bool,
     /// What its drivers were told of their write cache.
     pub cache: CacheMode,
+    /// Looks at the descriptors that frontends send.
+    pub inspections: Arc<Inspections>,
     /// The main loop.
     pub inbox: Poster,
 }
@@ -237,7 +240,8 @@ impl Session {
         }
         let back = connect(daemon)?;
         let (exit, memory) = (Arc::clone(&self.exit), Arc::clone(self.backend.regions()));
-        let relay = Relay { front: Arc::clone(&self.front), back, exit, memory };
+        let (front, inspections) = (Arc::clone(&self.front), self.backend.inspections());
+        let relay = Relay { front, back, exit, memory, inspections };
         let backend = Arc::clone(&self.backend);
         let run = move || {
             let _named = backend.span.enter();

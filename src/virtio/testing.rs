@@ -103,6 +103,7 @@ pub(crate) fn device(image: OwnedFd, num_queues: u16, threads: u16) -> (Arc<Devi
         polling: Polling::default(),
         pin_memory: false,
         cache: CacheMode::new(true),
+        inspections: Arc::default(),
         inbox: poster,
     };
     (Arc::new(config), inbox)

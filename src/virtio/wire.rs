@@ -13,6 +13,8 @@ use rustix::net::{
 };
 use vhost::vhost_user::message::{MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 
+use crate::sys::inspect::InspectError;
+
 /// Bytes of a message's header: request, flags, payload size; native byte order.
 pub(crate) const HEADER: usize = 12;
 
@@ -41,6 +43,14 @@ pub(crate) enum WireError {
     /// More fds than any message has.
     #[error("too many file descriptors with a message")]
     TooManyFds,
+    /// A descriptor that may hold up whatever touches it.
+    #[error(
+        "it sent a file descriptor that is {0}: guest memory must be a memfd, or a regular file on tmpfs, hugetlbfs, ext4, XFS, btrfs or another local filesystem mounted here; notifications must be eventfds"
+    )]
+    Foreign(String),
+    /// Descriptors that could not be looked at.
+    #[error("{0}")]
+    Inspect(#[from] InspectError),
     /// The socket failed.
     #[error("{0}")]
     Socket(#[from] io::Error),
@@ -93,7 +103,14 @@ impl Message {
     }
 
     /// Receives what is there. True once the message is whole; call [`rewind`](Self::rewind) then.
-    pub(crate) fn receive(&mut self, socket: &UnixStream) -> Result<bool, WireError> {
+    ///
+    /// Where the peer is not trusted, `guard` is asked before descriptors are received: it is given the number of bytes
+    /// that they come with.
+    pub(crate) fn receive(
+        &mut self,
+        socket: &UnixStream,
+        guard: Option<&Guard<'_>>,
+    ) -> Result<bool, WireError> {
         loop {
             // Never past this message: the next one's fds would come along and be taken for ours.
             let need = self.len();
@@ -102,7 +119,7 @@ impl Message {
             }
             let at = self.at;
             let rest = self.bytes.get_mut(at..need).unwrap_or_default();
-            match receive(socket, rest, &mut self.fds)? {
+            match receive(socket, rest, &mut self.fds, guard)? {
                 Received::Nothing => return Ok(false),
                 Received::End if at == 0 => return Err(WireError::Closed),
                 Received::End => return Err(WireError::Partial { have: at, need }),
@@ -134,6 +151,34 @@ impl Message {
     }
 }
 
+/// What decides on descriptors that come with so many bytes.
+pub(crate) type Guard<'a> = dyn Fn(usize) -> Result<(), WireError> + 'a;
+
+enum Peeked {
+    Nothing,
+    End,
+    /// So many bytes are there, and whether descriptors come with them.
+    Bytes(usize, bool),
+}
+
+/// What can be received, without receiving it.
+fn peek(socket: &UnixStream, into: &mut [u8]) -> Result<Peeked, WireError> {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    // Without room for descriptors the kernel only says that there are some.
+    let mut none = RecvAncillaryBuffer::default();
+    let got = loop {
+        match recvmsg(socket, &mut [IoSliceMut::new(into)], &mut none, flags) {
+            Ok(got) => break got,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(Peeked::Nothing),
+            Err(Errno::CONNRESET) => return Ok(Peeked::End),
+            Err(error) => return Err(WireError::Socket(error.into())),
+        }
+    };
+    let carries_fds = got.flags.contains(ReturnFlags::CTRUNC);
+    Ok(if got.bytes == 0 { Peeked::End } else { Peeked::Bytes(got.bytes, carries_fds) })
+}
+
 enum Received {
     Nothing,
     End,
@@ -144,7 +189,21 @@ fn receive(
     socket: &UnixStream,
     into: &mut [u8],
     fds: &mut Vec<OwnedFd>,
+    guard: Option<&Guard<'_>>,
 ) -> Result<Received, WireError> {
+    let mut into = into;
+    if let Some(guard) = guard {
+        let (bytes, carries_fds) = match peek(socket, into)? {
+            Peeked::Bytes(bytes, carries_fds) => (bytes, carries_fds),
+            Peeked::Nothing => return Ok(Received::Nothing),
+            Peeked::End => return Ok(Received::End),
+        };
+        if carries_fds {
+            guard(bytes)?;
+        }
+        // No more than was peeked at: other descriptors may have arrived behind it.
+        into = into.get_mut(..bytes).unwrap_or_default();
+    }
     let mut space =
         [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_ATTACHED_FD_ENTRIES))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

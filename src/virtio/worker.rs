@@ -31,6 +31,7 @@ use crate::engine::message::{ToWorker, WorkerId};
 use crate::engine::request::{Kind, Status};
 use crate::engine::{Io, Tag};
 use crate::inbox::Event;
+use crate::sys::fault::lost_here;
 use crate::sys::uring::{Hear, Sleep};
 
 #[path = "worker_orders.rs"]
@@ -311,6 +312,8 @@ impl<D: Disk> Worker<D> {
         }
         if let Some(pending) = self.requests.leave(tag) {
             let (queue, head) = (pending.queue, pending.head);
+            // A read may have gone to memory that is not there.
+            let status = if lost_here() { Status::IoError } else { status };
             self.answer(queue, head, pending.status, status, pending.written);
         }
     }

@@ -159,7 +159,7 @@ impl Drop for FaultDisk {
 }
 
 /// The control directory of the connection mounted at `mountpoint`.
-fn connection(mountpoint: &Path) -> io::Result<PathBuf> {
+pub(super) fn connection(mountpoint: &Path) -> io::Result<PathBuf> {
     let control = Path::new(FUSECTL);
     let number = rustix::fs::minor(std::fs::metadata(mountpoint)?.dev());
     let directory = control.join(number.to_string());

@@ -10,6 +10,7 @@
 //! | [`disk::LoopDisk`] | a loop device with 512 or 4096-byte sectors over memory, a disk file or a [`fault_disk::FaultDisk`] |
 //! | [`filesystem::Filesystem`] | a formatted and mounted loop device that can be checked by its own fsck |
 //! | [`fault_disk::FaultDisk`] | a FUSE file with a volatile write cache: its requests can be delayed, held or failed, its power cut |
+//! | [`hung_file::HungFile`] | a FUSE file whose server stops answering |
 //! | [`image`] | makers of written, sparse, fallocated, fragmented and mixed image files |
 //! | [`daemon::Daemon`] | a running extentd (or its peer) with its log and status |
 //! | [`client::Client`] | libblkio's virtio-blk driver over vhost-user, with deadlines |
@@ -33,6 +34,7 @@ pub mod filesystem;
 pub mod fleet;
 pub mod frontend;
 pub mod heap;
+pub mod hung_file;
 pub mod image;
 pub mod model;
 pub mod outside;
