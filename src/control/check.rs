@@ -84,11 +84,15 @@ impl Ownership {
                 let done = image.run(&Job::Enter);
                 image.drop_lease();
                 match done {
-                    JobDone::Enter(Err(Refusal::Busy)) => {
-                        said(false, "refused", refusal(Refusal::Busy))
-                    }
+                    JobDone::Enter(Err(Refusal::Busy)) => said(
+                        false,
+                        "refused",
+                        if read_only { busy(image) } else { refusal(Refusal::Busy) },
+                    ),
                     JobDone::Enter(Err(other)) => said(false, "granted", refusal(other)),
-                    _ if read_only => said(true, "granted", "nobody has the file open for writing"),
+                    _ if read_only && !image.is_alone_read_only() => {
+                        said(true, "granted", "nobody has the file open for writing")
+                    }
                     _ => said(true, "granted", "nobody else has the file open"),
                 }
             }
@@ -100,6 +104,16 @@ impl Ownership {
 /// lease is taken.
 fn in_use(image: &Image) -> bool {
     image.try_write_lease().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
+}
+
+/// Why an image that another process has open is not direct, and what helps: a second instance is no reason for those that may share.
+#[must_use]
+pub fn busy(image: &Image) -> &'static str {
+    if image.is_alone_read_only() {
+        "another process has the image open, and where files can share blocks, as on this filesystem, even one that only reads can have them moved; end it, or put the image on ext4 or an XFS without reflink (mkfs.xfs -m reflink=0), where read-only instances share direct mode"
+    } else {
+        refusal(Refusal::Busy)
+    }
 }
 
 /// Why direct mode could not be entered, and what helps.

@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
 
 use super::device;
 use super::mounts::{Mount, Place, parse_exports, parse_mountinfo, parse_swaps};
-use crate::sys::inode;
+use crate::sys::{inode, xfs};
 
 /// `statfs.f_type` of ext2, ext3 and ext4.
 const EXT_MAGIC: u64 = 0xef53;
@@ -148,7 +148,7 @@ pub(super) fn check(subject: &Subject<'_>) -> Result<(), NotEligible> {
 
     let is_xfs = filesystem(subject, mount)?;
     if is_xfs {
-        xfs(subject)?
+        check_xfs(subject)?
     } else {
         ext(subject, mount, direct_align)?
     }
@@ -209,11 +209,15 @@ fn ext(subject: &Subject<'_>, mount: &Mount, direct_align: Option<u32>) -> Resul
     }
 }
 
-fn xfs(subject: &Subject<'_>) -> Result<(), NotEligible> {
+fn check_xfs(subject: &Subject<'_>) -> Result<(), NotEligible> {
     if fs::read_to_string("/sys/fs/xfs/debug/always_cow").is_ok_and(|on| on.trim() != "0") {
         return Err(NotEligible::AlwaysCow);
     }
-    let flags = inode::extended_flags(subject.fd).map_err(unknown("FS_IOC_FSGETXATTR"))?;
+    check_extended_flags(inode::extended_flags(subject.fd).map_err(unknown("FS_IOC_FSGETXATTR"))?)
+}
+
+/// The flags of XFS that refuse a file.
+fn check_extended_flags(flags: u32) -> Result<(), NotEligible> {
     if flags & inode::X_REALTIME != 0 {
         let fix = "copy it into a directory without it (xfs_io -c 'chattr -t')";
         return Err(NotEligible::Flag { flag: "realtime", fix });
@@ -222,6 +226,27 @@ fn xfs(subject: &Subject<'_>) -> Result<(), NotEligible> {
         return Err(NotEligible::Flag { flag: "DAX", fix: "xfs_io -c 'chattr -x'" });
     }
     Ok(())
+}
+
+/// Whether files can share blocks here, so that FIDEDUPERANGE, which is content with a destination open for reading, may move and free
+/// blocks of one (ADR 0008). What cannot be told counts as that.
+pub(super) fn shares_blocks(fd: BorrowedFd<'_>) -> bool {
+    // The signed word of f_type, as in `filesystem`.
+    #[allow(clippy::cast_sign_loss)]
+    let magic = rustix::fs::fstatfs(fd).map_or(0, |stat| stat.f_type as u64 & 0xffff_ffff);
+    match magic {
+        EXT_MAGIC => false,
+        XFS_MAGIC => xfs::shares_blocks(fd).unwrap_or(true),
+        _ => true,
+    }
+}
+
+/// Whether the inode still is what it was when direct mode began, as far as flags say that can be set without an open: by
+/// file_setattr(2), or through a descriptor that leases do not count.
+pub(super) fn check_inode(fd: BorrowedFd<'_>) -> Result<(), NotEligible> {
+    check_flags(inode::flags(fd).map_err(unknown("FS_IOC_GETFLAGS"))?)?;
+    // ext2/3/4 answer the question as well, and never with either.
+    check_extended_flags(inode::extended_flags(fd).map_err(unknown("FS_IOC_FSGETXATTR"))?)
 }
 
 /// The inode flags that refuse a file.

@@ -30,7 +30,7 @@ device_test!(raw_io_does_not_queue_behind_file_writes_that_hang, {
     let every_second: Vec<_> =
         (0..PIECES).map(|n| (GuestAddress(2 * n * BLOCK), BLOCK as u32)).collect();
     let mut ring =
-        Ring::new(image.image_fd(), image.device_fd(), image.geometry(), false, 0).unwrap();
+        Ring::new(image.image_fd(), image.device_fd(), image.geometry(), None, 0).unwrap();
     assert!(ring.guests().set(Tag(0), &memory, &every_second, 4096).unwrap());
     let mount = disk.path();
     sh(&format!("fsfreeze -f {}", mount.display()));

@@ -11,7 +11,7 @@ use std::time::Duration;
 use rustix::fs::{FallocateFlags, fallocate, fstat, fsync};
 
 use super::extents::with_holes;
-use super::{Image, eligible, open};
+use super::{Identity, Image, eligible, open, openers};
 use crate::engine::extent::{Extent, ExtentMap, State};
 use crate::engine::message::{Job, JobDone, MapAnswer, Proof, Refusal};
 use crate::engine::units::{DeviceOffset, FileRange};
@@ -72,6 +72,8 @@ impl Image {
             return Ok(MapAnswer { covered: range, extents: vec![extent], proof: Proof::None });
         }
         self.empty_cache(range)?;
+        // A map of a file that has become another kind of file is none: what is asked for goes through the file.
+        eligible::check_inode(self.file.as_fd()).map_err(io::Error::other)?;
         let (mut extents, covered) = self.fiemap(range, max_extents)?;
         let proof = self.prove_answer(&extents)?;
         // R10a: pages that are there now would one day be read, or written, in place of the disk's.
@@ -136,12 +138,27 @@ impl Image {
             Some(libc::EAGAIN) => Refusal::Busy,
             _ => Refusal::Failed(errno(&error)),
         })?;
-        let ready = self.unchanged().and_then(|()| self.settle());
+        let ready = self.counted().and_then(|()| self.unchanged()).and_then(|()| self.settle());
         if ready.is_err() {
             // It was ours a moment ago; if it was taken meanwhile there is nothing to give back.
             let _ = lease::release(fd);
         }
         ready
+    }
+
+    /// Whether the lease counts everybody: looked at while it is held, since from then on every open breaks it. Where files cannot
+    /// share blocks nothing that such a descriptor is good for moves any.
+    fn counted(&self) -> Result<(), Refusal> {
+        let Identity { dev, ino } = self.identity;
+        let pid = self.shares_blocks.then(|| openers::uncounted(dev, ino)).flatten().unwrap_or(0);
+        // Once for each, not at each try.
+        if self.uncounted.swap(pid, Ordering::Relaxed) != pid && pid != 0 {
+            tracing::warn!(
+                "{}: process {pid} has it open for ioctls only (access mode 3), by which its blocks can be moved unseen; end that one",
+                self.path.display()
+            );
+        }
+        if pid == 0 { Ok(()) } else { Err(Refusal::Busy) }
     }
 
     /// Whether what was found out at open still holds.

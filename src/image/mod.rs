@@ -14,6 +14,7 @@ mod jobs;
 mod locks;
 mod mounts;
 mod open;
+mod openers;
 mod proof;
 mod watch;
 
@@ -35,7 +36,7 @@ mod residue_tests;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -155,6 +156,12 @@ pub struct Image {
     limits: Limits,
     topology: Topology,
     start: Start,
+    /// The lease that direct mode takes.
+    lease: lease::Kind,
+    /// Files can share blocks here.
+    shares_blocks: bool,
+    /// The last process that was seen to have it open in a way that leases do not count; 0: none.
+    uncounted: AtomicU32,
     not_eligible: Option<NotEligible>,
     lease_break_time: Duration,
     proven: AtomicBool,
@@ -363,15 +370,22 @@ impl Image {
     /// Whether the lease is held and nobody waits for it: one that is being broken is called what it is to become.
     #[must_use]
     pub fn has_lease(&self) -> bool {
-        lease::held(self.file.as_fd()).is_ok_and(|held| held == Some(self.lease_kind()))
+        lease::is_held(self.file.as_fd(), self.lease)
     }
 
-    const fn lease_kind(&self) -> lease::Kind {
-        if self.limits.read_only { lease::Kind::Read } else { lease::Kind::Write }
+    /// The lease that direct mode takes (R1).
+    #[must_use]
+    pub const fn lease_kind(&self) -> lease::Kind {
+        self.lease
     }
 
-    /// Takes the lease this image wants: readers share (R1).
+    /// Whether it is read-only and yet wants nobody else to have it open, as other instances that are read-only too.
+    #[must_use]
+    pub fn is_alone_read_only(&self) -> bool {
+        self.limits.read_only && self.lease == lease::Kind::Write
+    }
+
     fn take_lease(&self) -> io::Result<()> {
-        lease::take(self.file.as_fd(), self.lease_kind(), lease_signal())
+        lease::take(self.file.as_fd(), self.lease, lease_signal())
     }
 }

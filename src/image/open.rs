@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, StatxFlags, fstatvfs, major, minor};
@@ -26,7 +26,7 @@ use crate::engine::request::Limits;
 use crate::engine::units::SECTOR;
 use crate::sys::blockdev::{self, DeviceFacts};
 use crate::sys::fiemap::Fiemap;
-use crate::sys::lease;
+use crate::sys::lease::{self, Kind};
 
 /// Larger blocks than any of ours, and a multiple of all: for reads before the alignment is known.
 const PAGE: u32 = 4096;
@@ -73,6 +73,7 @@ pub(super) fn open(options: &Options, wait: Duration) -> Result<Image, OpenError
 
     let canonical = fs::canonicalize(path).map_err(io_error(path, "canonicalize"))?;
     let lease_break_time = lease_break_time();
+    let shares_blocks = eligible::shares_blocks(fd.as_fd());
     let mut image = Image {
         geometry: geometry(path, &fd, size, align, own.as_ref(), lease_break_time)?,
         topology: topology(own.as_ref(), align, align.offset, limits.base),
@@ -85,6 +86,9 @@ pub(super) fn open(options: &Options, wait: Duration) -> Result<Image, OpenError
         block_device: own.map(|_| stat.st_rdev),
         limits,
         start: Start::Filesystem,
+        lease: if options.read_only && !shares_blocks { Kind::Read } else { Kind::Write },
+        shares_blocks,
+        uncounted: AtomicU32::new(0),
         not_eligible: None,
         lease_break_time,
         proven: AtomicBool::new(false),

@@ -3,11 +3,12 @@
 
 use std::io;
 
-use crate::control::check::{mode_name, refusal};
+use crate::control::check::{busy, mode_name, refusal};
 use crate::control::status::{Extents, Flush, Status};
 use crate::engine::keeper::{Lease, Snapshot, Start};
 use crate::engine::message::{Refusal, Why};
 use crate::image::Image;
+use crate::sys::lease::Kind;
 
 use super::front::Front;
 
@@ -16,11 +17,15 @@ pub(super) fn reason(image: &Image, snapshot: &Snapshot) -> String {
     if snapshot.direct {
         return match image.start() {
             Start::Identity => "a block device, opened exclusively".to_owned(),
+            _ if image.lease_kind() == Kind::Read => {
+                "the lease is held: nobody has the file open for writing".to_owned()
+            }
             _ => "the lease is held: nobody else has the file open".to_owned(),
         };
     }
     match (snapshot.why, image.not_eligible()) {
         (Why::NotEligible, Some(reason)) => reason.to_string(),
+        (Why::Busy, _) => busy(image).to_owned(),
         (why, _) => words(why).to_owned(),
     }
 }

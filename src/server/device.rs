@@ -62,7 +62,7 @@ pub(super) fn describe(
             opt_io: topology.opt_io,
             discard_block: image.geometry().fs_block,
         },
-        lease: image.start() == Start::Eligible,
+        lease: (image.start() == Start::Eligible).then(|| image.lease_kind()),
         rules,
         shared,
         num_queues: config.num_queues,

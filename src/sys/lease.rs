@@ -59,6 +59,12 @@ pub fn held(fd: BorrowedFd<'_>) -> io::Result<Option<Kind>> {
     Ok([Kind::Read, Kind::Write].into_iter().find(|kind| kind.raw() == held))
 }
 
+/// Whether a lease of this kind is held and nobody waits for its end. One system call, and no allocation: it is asked on the hot path.
+#[must_use]
+pub fn is_held(fd: BorrowedFd<'_>, kind: Kind) -> bool {
+    held(fd).is_ok_and(|held| held == Some(kind))
+}
+
 /// Gives the lease back; never blocks, also on a frozen filesystem.
 ///
 /// # Errors

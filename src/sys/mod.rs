@@ -15,3 +15,4 @@ pub mod process;
 pub mod signaller;
 pub mod signals;
 pub mod uring;
+pub mod xfs;

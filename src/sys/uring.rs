@@ -20,7 +20,7 @@ mod watch;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ use io_uring::{IoUring, cqueue, squeue};
 
 use super::buffer::{BouncePool, Buffers, GuestBuffers};
 use super::fault::lost_here;
-use super::page_cache;
+use super::{lease, page_cache};
 use crate::engine::io::{Buf, Target};
 use crate::engine::units::FileRange;
 use crate::engine::{Completion, Geometry, Io, Op, OpId};
@@ -98,8 +98,8 @@ pub struct Ring {
     device: Option<OwnedFd>,
     /// The device is no fixed file at the moment.
     barred: bool,
-    /// The kind of lease that `ConfirmLease` wants to see.
-    lease: Option<libc::c_int>,
+    /// The lease that `ConfirmLease` wants to see.
+    lease: Option<lease::Kind>,
 }
 
 /// [`IoUring`], which has no `Debug`.
@@ -120,9 +120,8 @@ unsafe impl Send for Ring {}
 impl Ring {
     /// A ring on the calling thread.
     ///
-    /// `image` becomes fixed file 0, `device` (for raw access) fixed file 1. With `lease`,
-    /// [`Op::ConfirmLease`] asks whether `image` still holds the lease that belongs to its access
-    /// mode: a write lease if writable, else a read lease. Up to `watches` descriptors can be watched.
+    /// `image` becomes fixed file 0, `device` (for raw access) fixed file 1. [`Op::ConfirmLease`] asks whether `image` still holds
+    /// the `lease` that raw access depends on. Up to `watches` descriptors can be watched.
     ///
     /// # Errors
     ///
@@ -132,7 +131,7 @@ impl Ring {
         image: BorrowedFd<'_>,
         device: Option<BorrowedFd<'_>>,
         geometry: &Geometry,
-        lease: bool,
+        lease: Option<lease::Kind>,
         watches: usize,
     ) -> io::Result<Self> {
         Self::with(image, device, geometry, lease, watches, &TaskRun::ALL)
@@ -143,12 +142,10 @@ impl Ring {
         image: BorrowedFd<'_>,
         device: Option<BorrowedFd<'_>>,
         geometry: &Geometry,
-        lease: bool,
+        lease: Option<lease::Kind>,
         watches: usize,
         ways: &[TaskRun],
     ) -> io::Result<Self> {
-        use rustix::fs::{OFlags, fcntl_getfl};
-
         let ops = usize::try_from(geometry.ops).map_err(|_| errno(libc::EINVAL))?;
         let files = setup::Files { image, device, watches };
         let (uring, task_run) = setup::ring(geometry.ops, files, ways)?;
@@ -156,8 +153,6 @@ impl Ring {
         let no_iowait = uring.params().is_feature_no_iowait();
         // Other ways to come back end a sleep at once for any completion, and the first then waits for the second.
         let gathers = uring.params().is_feature_min_timeout() && task_run == TaskRun::Deferred;
-        let writable = fcntl_getfl(image)?.intersection(OFlags::RWMODE) != OFlags::RDONLY;
-        let kind = if writable { libc::F_WRLCK } else { libc::F_RDLCK };
         let buffers = Buffers {
             guests: GuestBuffers::new(geometry.ops),
             bounce: BouncePool::new(geometry.bounce_slots, geometry.bounce_bytes)?,
@@ -185,7 +180,7 @@ impl Ring {
             image: image.try_clone_to_owned()?,
             device: device.map(|device| device.try_clone_to_owned()).transpose()?,
             barred: false,
-            lease: lease.then_some(kind),
+            lease,
         })
     }
 }
@@ -239,9 +234,7 @@ impl Ring {
     }
 
     fn lease_held(&self) -> bool {
-        // SAFETY: F_GETLEASE has no argument; the descriptor is the ring's own.
-        let held = unsafe { libc::fcntl(self.image.as_raw_fd(), libc::F_GETLEASE) };
-        self.lease == Some(held)
+        self.lease.is_some_and(|kind| lease::is_held(self.image.as_fd(), kind))
     }
 
     fn cached_pages(&self, range: FileRange) -> i32 {

@@ -2,6 +2,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -77,7 +78,7 @@ fn ram() -> Arc<Memory> {
 }
 
 fn ring(file: &File) -> Ring {
-    Ring::new(file.as_fd(), None, &GEOMETRY, false, 0).unwrap()
+    Ring::new(file.as_fd(), None, &GEOMETRY, None, 0).unwrap()
 }
 
 fn guest(tag: u32, at: u64, len: u32) -> Buf {
@@ -322,11 +323,11 @@ fn impossible_geometries_are_refused() {
     let file = image.open(true);
     for ops in [0, 32769, u32::MAX] {
         let geometry = Geometry { ops, ..GEOMETRY };
-        assert!(Ring::new(file.as_fd(), None, &geometry, false, 0).is_err());
+        assert!(Ring::new(file.as_fd(), None, &geometry, None, 0).is_err());
     }
     for ops in [1, 3, 32768] {
         let geometry = Geometry { ops, ..GEOMETRY };
-        let mut ring = Ring::new(file.as_fd(), None, &geometry, false, 0).unwrap();
+        let mut ring = Ring::new(file.as_fd(), None, &geometry, None, 0).unwrap();
         assert_eq!(ring.submit(OpId(ops - 1), Op::SyncImage), Poll::Pending);
         assert_eq!(finish(&mut ring).len(), 1);
     }
@@ -339,7 +340,7 @@ fn every_way_of_completion_works() {
     let file = image.open(true);
 
     for way in TaskRun::ALL {
-        let mut ring = Ring::with(file.as_fd(), None, &GEOMETRY, false, 0, &[way]).unwrap();
+        let mut ring = Ring::with(file.as_fd(), None, &GEOMETRY, None, 0, &[way]).unwrap();
         let memory = ram();
         set(&mut ring, 0, &memory, &[(0, 128 * 4096)]);
         for _ in 0..10 {
@@ -352,7 +353,7 @@ fn every_way_of_completion_works() {
             assert_eq!(run(&mut ring, Op::SyncImage), 0);
         }
     }
-    assert!(Ring::with(file.as_fd(), None, &GEOMETRY, false, 0, &[]).is_err());
+    assert!(Ring::with(file.as_fd(), None, &GEOMETRY, None, 0, &[]).is_err());
 }
 
 /// With DEFER_TASKRUN one enter posts some 20 completions and keeps the others back.
@@ -405,7 +406,7 @@ fn watched_descriptors_end_the_sleep() {
     const POSTS: u64 = 20_000;
     let image = Image::new();
     let file = image.open(true);
-    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, false, 2).unwrap();
+    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, None, 2).unwrap();
     let bell = event();
     ring.watch(1, Some(bell.as_raw_fd()), Hear::Each).unwrap();
     let posted = Arc::new(AtomicU64::new(0));
@@ -432,7 +433,7 @@ fn watched_descriptors_end_the_sleep() {
 fn with_many_in_flight_one_completion_is_enough_after_a_while() {
     let memory = ram();
     let (reader, mut writer) = io::pipe().unwrap();
-    let mut ring = Ring::new(reader.as_fd(), None, &GEOMETRY, false, 1).unwrap();
+    let mut ring = Ring::new(reader.as_fd(), None, &GEOMETRY, None, 1).unwrap();
     let bell = event();
     ring.watch(0, Some(bell.as_raw_fd()), Hear::Each).unwrap();
     let read = |ring: &mut Ring, id: u32| {
@@ -470,7 +471,7 @@ fn with_many_in_flight_one_completion_is_enough_after_a_while() {
 fn a_watched_descriptor_is_heard_at_each_signal_and_never_read() {
     let image = Image::new();
     let file = image.open(true);
-    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, false, 3).unwrap();
+    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, None, 3).unwrap();
     let (bell, other) = (event(), event());
     signal(&bell);
     ring.watch(2, Some(bell.as_raw_fd()), Hear::Each).unwrap();
@@ -502,7 +503,7 @@ fn a_watched_descriptor_is_heard_at_each_signal_and_never_read() {
 fn a_level_is_heard_until_it_is_gone() {
     let image = Image::new();
     let file = image.open(true);
-    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, false, 1).unwrap();
+    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, None, 1).unwrap();
     let bell = event();
     ring.watch(0, Some(bell.as_raw_fd()), Hear::Level).unwrap();
     assert!(!hears(&mut ring, 0));
@@ -518,7 +519,7 @@ fn a_level_is_heard_until_it_is_gone() {
 fn dropping_takes_the_watches_back() {
     let image = Image::new();
     let file = image.open(true);
-    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, false, 8).unwrap();
+    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, None, 8).unwrap();
     let bell = event();
     for place in 0..8 {
         ring.watch(place, Some(bell.as_raw_fd()), Hear::Each).unwrap();
@@ -535,7 +536,7 @@ fn a_batch_larger_than_the_submission_queue_is_carried_out() {
     let image = Image::new();
     let file = image.open(true);
     let geometry = Geometry { ops: 6000, ..GEOMETRY };
-    let mut ring = Ring::new(file.as_fd(), None, &geometry, false, 0).unwrap();
+    let mut ring = Ring::new(file.as_fd(), None, &geometry, None, 0).unwrap();
     let memory = ram();
     set(&mut ring, 0, &memory, &[(0, 512)]);
     for id in 0..6000 {
@@ -618,7 +619,7 @@ fn dropping_waits_for_what_is_in_flight() {
 /// A pipe as image: a read of it takes until somebody writes.
 fn endless_read(memory: &Arc<Memory>) -> (Ring, io::PipeWriter) {
     let (reader, writer) = io::pipe().unwrap();
-    let mut ring = Ring::new(reader.as_fd(), None, &GEOMETRY, false, 0).unwrap();
+    let mut ring = Ring::new(reader.as_fd(), None, &GEOMETRY, None, 0).unwrap();
     set(&mut ring, 0, memory, &[(0, 4096)]);
     let op = Op::Read(Target::Image(0), guest(0, 0, 4096));
     assert_eq!(ring.submit(OpId(0), op), Poll::Pending);
@@ -670,9 +671,12 @@ fn set_lease(file: &File, kind: i32) {
 #[test]
 fn the_lease_is_confirmed_only_while_held() {
     let image = Image::new();
-    for (write, kind) in [(true, libc::F_WRLCK), (false, libc::F_RDLCK)] {
-        let file = image.open(write);
-        let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, true, 0).unwrap();
+    let (read, write) = (lease::Kind::Read, lease::Kind::Write);
+    // The kind that was taken, not the one that the access mode suggests: a reader may hold either.
+    let taken = [(true, write, libc::F_WRLCK), (false, write, libc::F_WRLCK)];
+    for (writable, wanted, kind) in taken.into_iter().chain([(false, read, libc::F_RDLCK)]) {
+        let file = image.open(writable);
+        let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, Some(wanted), 0).unwrap();
         assert_eq!(run(&mut ring, Op::ConfirmLease), 0, "none taken");
         set_lease(&file, kind);
         assert_eq!(run(&mut ring, Op::ConfirmLease), 1);
@@ -682,9 +686,14 @@ fn the_lease_is_confirmed_only_while_held() {
         set_lease(&file, libc::F_UNLCK);
         assert_eq!(run(&mut ring, Op::ConfirmLease), 0, "given up");
     }
+    let file = image.open(false);
+    set_lease(&file, libc::F_RDLCK);
+    let mut ring = Ring::new(file.as_fd(), None, &GEOMETRY, Some(write), 0).unwrap();
+    assert_eq!(run(&mut ring, Op::ConfirmLease), 0, "one that readers share is not enough");
+    drop((ring, file));
     let file = image.open(true);
     set_lease(&file, libc::F_WRLCK);
-    let mut ring = ring(&file);
+    let mut ring = self::ring(&file);
     assert_eq!(run(&mut ring, Op::ConfirmLease), 0, "not asked for");
 }
 
@@ -714,7 +723,7 @@ fn the_ring_is_the_fence() {
     let image = Image::new();
     let file = image.open(true);
     set_lease(&file, libc::F_WRLCK);
-    let ring = Ring::new(file.as_fd(), None, &GEOMETRY, true, 0).unwrap();
+    let ring = Ring::new(file.as_fd(), None, &GEOMETRY, Some(lease::Kind::Write), 0).unwrap();
     drop(file);
     let refused = image.try_open(false, libc::O_NONBLOCK).unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
@@ -751,7 +760,7 @@ fn ring_on_device(geometry: &Geometry) -> Option<(Ring, Image, OwnedFd)> {
     };
     let device = OwnedFd::from(device);
     let file = Image::new().open(true);
-    let ring = Ring::new(file.as_fd(), Some(device.as_fd()), geometry, false, 0).unwrap();
+    let ring = Ring::new(file.as_fd(), Some(device.as_fd()), geometry, None, 0).unwrap();
     Some((ring, image, device))
 }
 
@@ -912,7 +921,7 @@ fn a_device_flush_leaves_dirty_pages_outside_its_range_alone() {
         byte[0]
     };
     let file = image.try_open(true, 0).unwrap();
-    let mut ring = Ring::new(file.as_fd(), Some(device.as_fd()), &GEOMETRY, false, 0).unwrap();
+    let mut ring = Ring::new(file.as_fd(), Some(device.as_fd()), &GEOMETRY, None, 0).unwrap();
     for (at, len, spared) in [(0, 4096, 4096), (8192, 8192, 16384), (0, 1, 4096), (8192, 1, 12288)]
     {
         buffered.write_all_at(&[at as u8 ^ 0x11; 512], at).unwrap();

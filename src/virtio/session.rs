@@ -40,6 +40,7 @@ use crate::engine::{Geometry, Rules};
 use crate::inbox::{Event, Poster};
 use crate::sys::fd::Forgotten;
 use crate::sys::inspect::Inspections;
+use crate::sys::lease;
 
 /// Queues of a device, at most: the crate names the queues of a thread by the bits of a `u64`.
 pub const MAX_QUEUES: u16 = 64;
@@ -63,8 +64,8 @@ pub struct DeviceConfig {
     pub limits: Limits,
     /// What the guest is told about the device.
     pub topology: Topology,
-    /// Whether raw access depends on a lease of the image.
-    pub lease: bool,
+    /// The lease of the image that raw access depends on, if it does.
+    pub lease: Option<lease::Kind>,
     /// All of them.
     pub rules: Rules,
     /// Where the keeper publishes mode and map.

@@ -92,7 +92,7 @@ pub(crate) fn device(image: OwnedFd, num_queues: u16, threads: u16) -> (Arc<Devi
             unmap: true,
         },
         topology,
-        lease: false,
+        lease: None,
         rules: Rules::default(),
         shared: Arc::new(Shared::new()),
         num_queues,

@@ -16,6 +16,7 @@
 //! | [`client::Client`] | libblkio's virtio-blk driver over vhost-user, with deadlines |
 //! | [`frontend::Frontend`] | hand-made rings over `vhost`'s frontend for what no well-behaved driver does |
 //! | [`outside`] | what others on the host do: readers, a full disk, a frozen filesystem |
+//! | [`sharing`] | a process that has an image's blocks shared without opening it for writing |
 //! | [`allocations`], [`heap`], [`syscalls`] | what threads of this process ask of the heap, and others of the kernel |
 //! | [`model`] | the flat byte model, and self-describing sectors |
 
@@ -43,6 +44,7 @@ pub mod queue;
 pub mod random;
 pub mod ring;
 pub mod scope;
+pub mod sharing;
 pub mod stamped;
 pub mod syscalls;
 pub mod wait;
