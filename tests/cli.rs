@@ -160,7 +160,9 @@ fn sigterm_ends_a_start_that_waits_for_a_lock() {
     let first = Daemon::start(&[]);
     let socket = first.scratch().path("other");
     let mut second = Daemon::spawn(first.image(), &socket, &["--log-level=debug"]);
-    wait_for("the wait for the lock", || second.log().contains("locked by another process"));
+    // Whose it is is said at once.
+    let named = format!("locked by another process, pid {} (extentd); waiting", first.pid());
+    wait_for("the wait for the lock", || second.log().contains(&named));
     // Well before the minute is over that it would wait.
     assert_eq!(second.terminate(), Some(0), "{}", second.log());
     assert!(!socket.exists());

@@ -14,8 +14,9 @@ use rustix::io::Errno;
 
 use crate::sys::fd::set_io_flags;
 
-use super::error::OpenError;
-use super::locks::{self, Outcome};
+use super::error::{OpenError, name};
+use super::holders::{self, Class, Holder};
+use super::locks;
 use super::mounts::parse_mountinfo;
 
 /// How often a lock is tried.
@@ -31,32 +32,63 @@ pub(super) struct Acquired {
     pub(super) is_block_device: bool,
 }
 
-/// Waits for somebody else, up to a limit, and says so once.
+/// A lease is given up as soon as its holder has heard of us: only one that stays is worth a line.
+const POLITE: Duration = Duration::from_secs(1);
+
+/// What keeps us waiting.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Obstacle {
+    /// A lock, or the device being in use.
+    Lock,
+    /// A lease that is being broken.
+    Lease,
+}
+
+/// Waits for somebody else, up to a limit, and says for whom, once.
 struct Patience<'a> {
     path: &'a Path,
+    file: (u64, u64),
+    read_only: bool,
     wait: Duration,
     since: Instant,
     said: bool,
 }
 
 impl<'a> Patience<'a> {
-    fn new(path: &'a Path, wait: Duration) -> Self {
-        Self { path, wait, since: Instant::now(), said: false }
+    fn new(path: &'a Path, found: &Stat, read_only: bool, wait: Duration) -> Self {
+        let file = (found.st_dev, found.st_ino);
+        Self { path, file, read_only, wait, since: Instant::now(), said: false }
     }
 
     /// A pause; `false` when the time is up.
-    fn pause(&mut self) -> bool {
-        let left = self.wait.saturating_sub(self.since.elapsed());
+    fn pause(&mut self, obstacle: Obstacle) -> bool {
+        let waited = self.since.elapsed();
+        let left = self.wait.saturating_sub(waited);
         if left.is_zero() {
             return false;
         }
-        if !self.said {
+        if !self.said && (obstacle == Obstacle::Lock || waited >= POLITE) {
             self.said = true;
             let (path, seconds) = (self.path.display(), left.as_secs_f32().ceil());
-            tracing::warn!("{path}: locked by another process; trying for {seconds} s");
+            let holder = self.holder().map_or_else(
+                || " that cannot be seen (it has ended, and its last I/O has not, or it is in another namespace)".to_owned(),
+                |holder| name(Some(&holder)),
+            );
+            tracing::warn!("{path}: locked by another process{holder}; waiting up to {seconds} s");
         }
         thread::sleep(PAUSE.min(left));
         true
+    }
+
+    /// Whose lock or lease it is.
+    fn holder(&self) -> Option<Holder> {
+        let (dev, ino) = self.file;
+        let lock = holders::find(dev, ino, |lock| locks::forbids(lock, self.read_only));
+        lock.or_else(|| holders::find(dev, ino, |lock| lock.class == Class::Lease))
+    }
+
+    fn locked(&self) -> OpenError {
+        OpenError::Locked { path: self.path.to_owned(), holder: self.holder(), waited: self.wait }
     }
 }
 
@@ -67,7 +99,7 @@ pub(super) fn acquire(path: &Path, read_only: bool, wait: Duration) -> Result<Ac
         _ => io_error(path, "stat")(errno),
     })?;
     let is_block_device = check_type(path, found.st_mode)?;
-    let mut patience = Patience::new(path, wait);
+    let mut patience = Patience::new(path, &found, read_only, wait);
     let (fd, direct_io) = open_patiently(path, &found, read_only, &mut patience)?;
     // What is open is looked at again: the path may have changed hands in between.
     let stat = fstat(&fd).map_err(io_error(path, "fstat"))?;
@@ -78,7 +110,8 @@ pub(super) fn acquire(path: &Path, read_only: bool, wait: Duration) -> Result<Ac
     let access = if direct_io { OFlags::DIRECT } else { OFlags::empty() };
     // O_NONBLOCK was for opening only: io_uring would return EAGAIN for it.
     set_io_flags(&fd, access).map_err(io_error(path, "F_SETFL"))?;
-    lock_patiently(path, &fd, &stat, read_only, &mut patience)?;
+    patience.file = (stat.st_dev, stat.st_ino);
+    lock_patiently(path, &fd, read_only, &mut patience)?;
     Ok(Acquired { fd, stat, direct_io, is_block_device })
 }
 
@@ -109,7 +142,7 @@ fn open_patiently(
     let exclusive = if is_block_device { OFlags::EXCL } else { OFlags::empty() };
     let flags = access | exclusive | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
     loop {
-        let locked = !is_block_device && locks::seen_locked(found.st_dev, found.st_ino, read_only);
+        let locked = locks::seen_locked(found.st_dev, found.st_ino, read_only);
         let opened = if locked {
             Err(Errno::WOULDBLOCK)
         } else {
@@ -121,13 +154,14 @@ fn open_patiently(
         match opened {
             Ok(opened) => return Ok(opened),
             Err(Errno::BUSY) if is_block_device => {
-                if is_mounted(found.st_rdev) || !patience.pause() {
+                if is_mounted(found.st_rdev) || !patience.pause(Obstacle::Lock) {
                     return Err(OpenError::DeviceBusy { path: path.to_owned() });
                 }
             }
             Err(Errno::WOULDBLOCK) => {
-                if !patience.pause() {
-                    return Err(locked_by(path, found, None, patience));
+                let obstacle = if locked { Obstacle::Lock } else { Obstacle::Lease };
+                if !patience.pause(obstacle) {
+                    return Err(patience.locked());
                 }
             }
             Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::TXTBSY))
@@ -150,36 +184,27 @@ fn is_mounted(number: u64) -> bool {
 fn lock_patiently(
     path: &Path,
     fd: &OwnedFd,
-    stat: &Stat,
     read_only: bool,
     patience: &mut Patience<'_>,
 ) -> Result<(), OpenError> {
     loop {
         match locks::try_take(fd.as_fd(), read_only) {
-            Ok(Outcome::Locked) => return Ok(()),
-            Ok(Outcome::Refused(pid)) => {
-                if !patience.pause() {
-                    return Err(locked_by(path, stat, pid, patience));
+            Ok(true) => return Ok(()),
+            Ok(false) => {
+                if !patience.pause(Obstacle::Lock) {
+                    return Err(patience.locked());
                 }
             }
             Err(error) if locks::unsupported(&error) => {
                 let path = path.display();
                 tracing::warn!(
-                    "{path}: its filesystem has no byte locks ({error}): nothing keeps another \
+                    "{path}: its filesystem has no locks ({error}): nothing keeps another \
                      process from serving it too"
                 );
                 return Ok(());
             }
-            Err(error) => return Err(io_error(path, "F_OFD_SETLK")(error)),
+            Err(error) => return Err(io_error(path, "F_OFD_SETLK or flock")(error)),
         }
-    }
-}
-
-fn locked_by(path: &Path, stat: &Stat, pid: Option<u32>, patience: &Patience<'_>) -> OpenError {
-    OpenError::Locked {
-        path: path.to_owned(),
-        holder: pid.or_else(|| locks::holder(stat.st_dev, stat.st_ino)),
-        waited: patience.wait,
     }
 }
 

@@ -7,6 +7,12 @@ use std::time::Duration;
 
 use super::eligible::NotEligible;
 use super::format::Format;
+use super::holders::Holder;
+
+/// The process, as it is put behind what is said of it.
+pub(super) fn name(holder: Option<&Holder>) -> String {
+    holder.map_or_else(String::new, |holder| format!(", {holder}"))
+}
 
 /// Why an image could not be opened. Displayed it is one line that names the fix.
 #[derive(thiserror::Error, Debug)]
@@ -114,16 +120,16 @@ pub enum OpenError {
         /// What it looks like.
         format: Format,
     },
-    /// Somebody holds the byte locks or a lease.
+    /// Somebody holds locks or a lease.
     #[error(
         "{}: locked by another process{}, also after {} s; end that one first",
-        path.display(), holder.map_or_else(String::new, |pid| format!(" (pid {pid})")), waited.as_secs()
+        path.display(), name(holder.as_ref()), waited.as_secs()
     )]
     Locked {
         /// What was asked for.
         path: PathBuf,
         /// Whose lock, if it can be told.
-        holder: Option<u32>,
+        holder: Option<Holder>,
         /// How long it was tried.
         waited: Duration,
     },

@@ -1,133 +1,168 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The byte locks by which virtual machine monitors keep out of each other's images, and which
-//! fence a restarted extentd off from the last writes of a killed one (R1a).
+//! The locks by which virtual machine monitors keep out of each other's images, and which fence a restarted extentd off from the
+//! last writes of a killed one (R1a). All of them belong to the image's one description, and live as long as that.
 //!
-//! cloud-hypervisor locks the whole file: exclusively to write, shared to read. QEMU takes
-//! shared locks only, on byte 100 + *p* for each permission *p* it uses and on byte 200 + *p* for
-//! each it grants to nobody else, and looks whether somebody holds the opposite one.
+//! * QEMU takes shared byte locks only, on 100 + *p* for each permission *p* that it uses and on 200 + *p* for each that it grants to
+//!   nobody else, and then tests whether somebody holds the opposite one. We do the same, so that its error is the one that its
+//!   users know: `Failed to get "write" lock`, `Is another process using the image`.
+//! * cloud-hypervisor locks all bytes, or those of the file's length: exclusively to write, shared to read. Bytes that mean nothing
+//!   to QEMU, locked in the same way, keep it out, and keep instances of extentd apart.
+//! * crosvm, and tools that use flock(1), take a flock(2): exclusively to write, shared to read.
 
 use std::fs;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::{major, minor};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
+use super::holders::{Class, Listed};
 use crate::sys::ofd_lock::{self, Bytes, Kind};
 
-/// QEMU: reads consistently.
-const READS: Bytes = Bytes { start: 100, len: 1 };
-/// QEMU: writes, writes unchanged data, resizes.
-const WRITES: [Bytes; 2] = [Bytes { start: 101, len: 1 }, Bytes { start: 103, len: 1 }];
-/// QEMU: grants nobody to write, or to resize.
-const GRANTS_NO_WRITES: [Bytes; 2] = [Bytes { start: 201, len: 1 }, Bytes { start: 203, len: 1 }];
-
-/// For a writable image: everything, but so that `qemu-img info --force-share` still works, which
-/// reads under the lock [`READS`] and wants byte 200 free.
-const WRITER: [(Kind, Bytes); 4] = [
-    (Kind::Exclusive, Bytes { start: 0, len: 100 }),
-    (Kind::Shared, READS),
-    (Kind::Exclusive, Bytes { start: 101, len: 99 }),
-    (Kind::Exclusive, Bytes { start: 201, len: 0 }),
-];
-
-/// What came of trying.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Outcome {
-    /// The locks are ours.
-    Locked,
-    /// Somebody else's stand in the way; the pid, if the kernel names it.
-    Refused(Option<u32>),
+const fn byte(start: u32) -> Bytes {
+    Bytes { start, len: 1 }
 }
 
-/// Takes the locks for writing or for reading only.
+/// Below what means anything to QEMU.
+const OURS: Bytes = Bytes { start: 0, len: 100 };
+/// Beyond that.
+const BEYOND: Bytes = Bytes { start: 204, len: 0 };
+/// QEMU: reads consistently, writes, resizes.
+const READS: Bytes = byte(100);
+const WRITES: Bytes = byte(101);
+const RESIZES: Bytes = byte(103);
+/// QEMU: grants nobody to read consistently, to write, to resize.
+const NO_READS: Bytes = byte(200);
+const NO_WRITES: Bytes = byte(201);
+const NO_RESIZES: Bytes = byte(203);
+
+/// What one side takes, and where it tolerates nobody else's lock, of whatever kind.
+#[derive(Debug)]
+struct Rules {
+    takes: &'static [(Kind, Bytes)],
+    alone: &'static [Bytes],
+    flock: FlockOperation,
+    /// Also in `alone`, one that is shared and begins below QEMU's bytes is welcome: a cloud-hypervisor that reads.
+    readers_welcome: bool,
+}
+
+const WRITER: Rules = Rules {
+    takes: &[
+        (Kind::Exclusive, OURS),
+        (Kind::Shared, READS),
+        (Kind::Shared, WRITES),
+        (Kind::Shared, RESIZES),
+        (Kind::Shared, NO_WRITES),
+        (Kind::Shared, NO_RESIZES),
+        (Kind::Exclusive, BEYOND),
+    ],
+    alone: &[WRITES, RESIZES, NO_READS, NO_WRITES, NO_RESIZES],
+    flock: FlockOperation::NonBlockingLockExclusive,
+    readers_welcome: false,
+};
+
+const READER: Rules = Rules {
+    takes: &[
+        (Kind::Shared, OURS),
+        (Kind::Shared, READS),
+        (Kind::Shared, NO_WRITES),
+        (Kind::Shared, NO_RESIZES),
+    ],
+    alone: &[WRITES, RESIZES, NO_READS],
+    flock: FlockOperation::NonBlockingLockShared,
+    readers_welcome: true,
+};
+
+const fn rules(read_only: bool) -> &'static Rules {
+    if read_only { &READER } else { &WRITER }
+}
+
+impl Rules {
+    /// Whether a lock of somebody else's, in the lists of `/proc`, keeps us out.
+    fn forbid(&self, lock: &Listed) -> bool {
+        let exclusive = lock.exclusive;
+        match lock.class {
+            Class::Flock => exclusive || self.flock == FlockOperation::NonBlockingLockExclusive,
+            Class::Bytes { start, end } => {
+                let meets = |bytes: &Bytes| {
+                    let last = bytes.len.checked_sub(1).map(|more| bytes.start + more);
+                    start <= last.map_or(u64::MAX, u64::from) && end >= u64::from(bytes.start)
+                };
+                let welcome = self.readers_welcome && !exclusive && start < u64::from(READS.start);
+                let taken = self
+                    .takes
+                    .iter()
+                    .any(|(kind, bytes)| (exclusive || *kind == Kind::Exclusive) && meets(bytes));
+                taken || (!welcome && self.alone.iter().any(meets))
+            }
+            // Not a lock: opening the file ends it.
+            Class::Lease => false,
+        }
+    }
+}
+
+/// Takes the locks for writing or for reading only; `false` if somebody else's stand in the way, and then none is held.
 ///
 /// # Errors
-/// fcntl's; EINVAL, ENOLCK or EOPNOTSUPP mean there are no such locks here.
-pub(super) fn try_take(fd: BorrowedFd<'_>, read_only: bool) -> io::Result<Outcome> {
-    let wanted: Vec<(Kind, Bytes)> = if read_only {
-        [READS].into_iter().chain(GRANTS_NO_WRITES).map(|bytes| (Kind::Shared, bytes)).collect()
-    } else {
-        WRITER.to_vec()
+/// fcntl's or flock's; see [`unsupported`].
+pub(super) fn try_take(fd: BorrowedFd<'_>, read_only: bool) -> io::Result<bool> {
+    let rules = rules(read_only);
+    let bytes = match take_bytes(fd, rules) {
+        Ok(false) => return Ok(false),
+        Ok(true) => Ok(()),
+        Err(error) if unsupported(&error) => Err(error),
+        Err(error) => return Err(error),
     };
-    for (kind, bytes) in wanted {
+    match flock(fd, rules.flock) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => {
+            if bytes.is_ok() {
+                ofd_lock::unlock_all(fd)?;
+            }
+            Ok(false)
+        }
+        // One of the two is enough to keep other instances out.
+        Err(errno) if unsupported(&errno.into()) => bytes.map(|()| true),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn take_bytes(fd: BorrowedFd<'_>, rules: &Rules) -> io::Result<bool> {
+    for &(kind, bytes) in rules.takes {
         if !ofd_lock::try_lock(fd, kind, bytes)? {
-            let pid = ofd_lock::conflict(fd, kind, bytes)?.and_then(|conflict| conflict.pid);
             ofd_lock::unlock_all(fd)?;
-            return Ok(Outcome::Refused(pid));
+            return Ok(false);
         }
     }
-    if read_only && let Some(pid) = qemu_writer(fd)? {
-        ofd_lock::unlock_all(fd)?;
-        return Ok(Outcome::Refused(pid));
-    }
-    Ok(Outcome::Locked)
-}
-
-/// Whether a QEMU writes the image; `Some(pid)` if so. A shared lock from below byte 100 on is a
-/// cloud-hypervisor that reads, and welcome.
-fn qemu_writer(fd: BorrowedFd<'_>) -> io::Result<Option<Option<u32>>> {
-    for bytes in WRITES {
-        if let Some(conflict) = ofd_lock::conflict(fd, Kind::Exclusive, bytes)?
-            && (conflict.kind == Kind::Exclusive || conflict.start >= u64::from(READS.start))
-        {
-            return Ok(Some(conflict.pid));
+    // Only now, as QEMU does it: of two that begin at once at least one sees the other.
+    for &bytes in rules.alone {
+        if let Some(conflict) = ofd_lock::conflict(fd, Kind::Exclusive, bytes)? {
+            let shared = conflict.kind == Kind::Shared;
+            if !(rules.readers_welcome && shared && conflict.start < u64::from(READS.start)) {
+                ofd_lock::unlock_all(fd)?;
+                return Ok(false);
+            }
         }
     }
-    Ok(None)
+    Ok(true)
 }
 
-/// A lock as `/proc/locks` and `/proc/PID/fdinfo` list it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Listed {
-    exclusive: bool,
-    start: u64,
+/// Whether such a lock, in the lists of `/proc`, keeps [`try_take`] from succeeding.
+pub(super) fn forbids(lock: &Listed, read_only: bool) -> bool {
+    rules(read_only).forbid(lock)
 }
 
-/// The byte locks on this file in such a list.
-fn listed(text: &str, dev: u64, ino: u64) -> impl Iterator<Item = Listed> {
-    let file = format!("{:02x}:{:02x}:{ino}", major(dev), minor(dev));
-    text.lines().filter_map(move |line| {
-        // "1: OFDLCK ADVISORY  WRITE -1 fe:00:10019010 0 99"; fdinfo puts "lock:" in front.
-        let line = line.strip_prefix("lock:").unwrap_or(line);
-        let mut fields = line.split_whitespace().skip(1);
-        let class = fields.next()?;
-        let kind = fields.nth(1)?;
-        let (place, start) = (fields.nth(1)?, fields.next()?);
-        (matches!(class, "OFDLCK" | "POSIX") && place == file)
-            .then(|| Listed { exclusive: kind == "WRITE", start: start.parse().unwrap_or(0) })
-    })
-}
-
-/// Whether the list of all locks shows that [`try_take`] cannot succeed. Looked at before
-/// the image is opened: an open would break the lease of the very process that serves it.
+/// Whether the list of all locks shows that [`try_take`] cannot succeed. Looked at before the image is opened: an open would break
+/// the lease of the very process that serves it.
 pub(super) fn seen_locked(dev: u64, ino: u64, read_only: bool) -> bool {
     let text = fs::read_to_string("/proc/locks").unwrap_or_default();
-    let mut locks = listed(&text, dev, ino);
-    locks.any(|lock| lock.exclusive || (!read_only && lock.start > u64::from(READS.start)))
+    super::holders::listed(&text, dev, ino).any(|lock| forbids(&lock, read_only))
 }
 
-/// A process that holds a byte lock on this file, as far as `/proc` shows.
-pub(super) fn holder(dev: u64, ino: u64) -> Option<u32> {
-    let own = std::process::id();
-    let processes = fs::read_dir("/proc").ok()?.flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|&pid| pid != own).find(|pid| {
-        let Ok(files) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else { return false };
-        files.flatten().any(|file| {
-            let info = fs::read_to_string(file.path()).unwrap_or_default();
-            let locks: String = info
-                .lines()
-                .filter(|line| line.starts_with("lock:"))
-                .collect::<Vec<_>>()
-                .join("\n");
-            listed(&locks, dev, ino).next().is_some()
-        })
-    })
-}
-
-/// Whether an error of [`try_take`] means that this filesystem has no byte locks.
+/// Whether an error of [`try_take`] means that this filesystem has no locks.
 pub(super) fn unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP))
+    let known = [libc::EINVAL, libc::ENOLCK, libc::EOPNOTSUPP, libc::ENOSYS];
+    error.raw_os_error().is_some_and(|errno| known.contains(&errno))
 }
 
 #[cfg(test)]

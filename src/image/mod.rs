@@ -10,6 +10,7 @@ mod eligible;
 mod error;
 mod extents;
 mod format;
+mod holders;
 mod jobs;
 mod locks;
 mod mounts;
@@ -48,6 +49,7 @@ use rustix::fs::{
 pub use self::eligible::NotEligible;
 pub use self::error::OpenError;
 pub use self::format::Format;
+pub use self::holders::Holder;
 pub use self::watch::{Change, Watch, WatchId, Watches};
 pub use crate::sys::signals::{LeaseSignal, LeaseSignals, block_lease_signals};
 
@@ -189,7 +191,7 @@ impl Image {
         open::open(options, wait)
     }
 
-    /// Whether byte locks keep [`open`](Self::open) from this file; seen without opening it, which
+    /// Whether locks keep [`open`](Self::open) from this file; seen without opening it, which
     /// would break the lease of whoever serves it.
     #[must_use]
     pub fn is_locked(path: &Path, read_only: bool) -> bool {

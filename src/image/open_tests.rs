@@ -126,14 +126,32 @@ device_test!(qemu_and_extentd_keep_out_of_each_others_images, {
         _ => return println!("skipped: no qemu-io here"),
     }
     let allowed = |arguments: &[&str]| qemu_io(arguments).unwrap().status.success();
+    // In QEMU's own words, which its users know.
+    let told = |arguments: &[&str], permission: &str| {
+        let output = qemu_io(arguments).unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.contains(&format!("Failed to get {permission} lock")), "{said}");
+        assert!(said.contains("Is another process using the image"), "{said}");
+        assert!(!output.status.success());
+    };
     let read_only = Options { read_only: true, ..options(&path) };
 
     let image = open(&path);
-    assert!(!allowed(&write));
+    told(&write, "\"write\"");
+    // A tool that only reads grants others to write, and may; a guest's disk does not.
+    let guest = Command::new("qemu-system-x86_64")
+        .args(["-display", "none", "-S", "-drive"])
+        .arg(format!("file={},format=raw,if=virtio,readonly=on", path.display()))
+        .output();
+    if let Ok(guest) = guest {
+        let said = String::from_utf8_lossy(&guest.stderr).into_owned();
+        assert!(said.contains("Failed to get shared \"write\" lock"), "{said}");
+        assert!(said.contains("Is another process using the image"), "{said}");
+    }
     assert!(allowed(&["-r", "-U", "-c", "read 0 4k"]), "--force-share must work");
     drop(image);
     let image = try_open(&read_only).unwrap();
-    assert!(!allowed(&write));
+    told(&write, "\"write\"");
     assert!(allowed(&["-r", "-c", "read 0 4k"]));
     drop(image);
 
@@ -148,13 +166,93 @@ device_test!(qemu_and_extentd_keep_out_of_each_others_images, {
     std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0; 1]).unwrap();
     for options in [options(&path), read_only] {
         let refused = try_open(&options).unwrap_err();
+        let named = format!("another process, pid {} (qemu-io), also", child.id());
+        assert!(refused.to_string().contains(&named), "{refused}");
         let OpenError::Locked { holder, .. } = refused else { panic!("{refused}") };
-        assert_eq!(holder, Some(child.id()));
-        assert!(refused.to_string().contains(&format!("(pid {})", child.id())));
+        let holder = holder.unwrap();
+        assert_eq!((holder.pid, holder.command.as_str()), (child.id(), "qemu-io"));
     }
     drop(child.stdin.take());
     child.wait().unwrap();
     open(&path);
+
+    // A guest that only reads shares the image with one of ours that does.
+    let guest = Command::new("qemu-system-x86_64")
+        .args(["-display", "none", "-S", "-drive"])
+        .arg(format!("file={},format=raw,if=virtio,readonly=on", path.display()))
+        .spawn();
+    if let Ok(mut guest) = guest {
+        let since = Instant::now();
+        while !Image::is_locked(&path, false) && since.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let writer = try_open(&options(&path)).map(drop);
+        let reader = try_open(&Options { read_only: true, ..options(&path) }).map(drop);
+        guest.kill().unwrap();
+        guest.wait().unwrap();
+        assert!(matches!(writer, Err(OpenError::Locked { .. })));
+        reader.unwrap();
+    }
+});
+
+// flock(2), as crosvm and flock(1) take it: by whom the image is held, and whom we keep out.
+device_test!(flock_is_respected_and_taken, {
+    let dir = scratch();
+    let path = file(&dir, 1 << 20);
+    let reader = Options { read_only: true, ..options(&path) };
+    for (option, reads) in [("-x", false), ("-s", true)] {
+        let mut child = Command::new("flock")
+            .arg(option)
+            .arg("--no-fork")
+            .arg(&path)
+            .args(["sh", "-c", "echo; exec cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0; 1]).unwrap();
+        let refused = try_open(&options(&path)).unwrap_err();
+        assert!(refused.to_string().contains(&format!("pid {} (", child.id())), "{refused}");
+        assert_eq!(try_open(&reader).is_ok(), reads);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
+    let taken = |option| {
+        let mut flock = Command::new("flock");
+        !flock.args(["-n", option]).arg(&path).arg("true").status().unwrap().success()
+    };
+    let image = open(&path);
+    assert!(taken("-s") && taken("-x"));
+    drop(image);
+    let image = try_open(&reader).unwrap();
+    assert!(!taken("-s") && taken("-x"));
+    drop(image);
+    assert!(!taken("-x"));
+});
+
+// A lock that is in the way of one part takes none of the others with it.
+device_test!(what_is_refused_leaves_no_lock_behind, {
+    let dir = scratch();
+    let path = file(&dir, 1 << 20);
+    let other = File::open(&path).unwrap();
+    rustix::fs::flock(&other, rustix::fs::FlockOperation::LockShared).unwrap();
+    let waiting = std::thread::spawn({
+        let options = options(&path);
+        move || Image::open_within(&options, Duration::from_secs(20))
+    });
+    let listed = || fs::read_to_string("/proc/locks").unwrap();
+    let ino = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&path).unwrap());
+    let ours = |text: &str| {
+        let file = format!(":{ino} ");
+        text.lines().filter(|line| line.contains(&file) && line.contains("OFDLCK")).count()
+    };
+    std::thread::sleep(Duration::from_millis(300));
+    // It is seen before the image is opened; nothing was taken.
+    assert_eq!(ours(&listed()), 0);
+    drop(other);
+    let image = waiting.join().unwrap().unwrap();
+    assert!(ours(&listed()) > 0);
+    drop(image);
 });
 
 device_test!(a_whole_file_lock_as_cloud_hypervisor_takes_it_is_respected, {
