@@ -26,6 +26,8 @@ mod frozen_tests;
 #[cfg(test)]
 mod jobs_tests;
 #[cfg(test)]
+mod layout_tests;
+#[cfg(test)]
 mod lease_tests;
 #[cfg(test)]
 mod open_tests;

@@ -45,7 +45,13 @@ pub(super) const FLAVOURS: &[Flavour] = &[
         mount: "barrier=0",
         loss: Loss::Newest,
     },
-    Flavour { name: "xfs", kind: Kind::Xfs, size: 300 * MIB, mount: "defaults", loss: Loss::Any },
+    Flavour {
+        name: "xfs",
+        kind: Kind::XfsReflink,
+        size: 300 * MIB,
+        mount: "defaults",
+        loss: Loss::Any,
+    },
 ];
 
 /// A mounted host filesystem. What lies above goes first: fields are dropped in their order.
@@ -75,8 +81,14 @@ impl Host {
         Ok(host)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    /// A file on it.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.target.join(name)
+    }
+
+    /// Whether files can share blocks on it.
+    pub(super) fn shares_blocks(&self) -> bool {
+        self.flavour.kind == Kind::XfsReflink
     }
 
     /// The image file.
@@ -99,7 +111,7 @@ impl Host {
     }
 
     /// Makes all files durable, directories too. Without barriers the filesystem leaves it in the disk's cache.
-    fn sync(&self) -> io::Result<()> {
+    pub(super) fn sync(&self) -> io::Result<()> {
         run("sync", &["-f".as_ref(), self.target.as_os_str()])?;
         File::open(self.device()?)?.sync_all()
     }

@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use super::golden::{self, Golden};
 use super::host::{Flavour, Host, IMAGE};
 use super::ledger::{BLOCK_SECTORS, Fault, Floor, Ledger};
 use super::load::{DEPTH, Ended, FLUSH, Guest};
@@ -83,6 +84,7 @@ struct Session {
 pub(super) struct Lane<'a> {
     /// What lies above goes first: fields are dropped in their order.
     session: Option<Session>,
+    golden: Golden,
     host: Host,
     program: &'a Program,
     run: PathBuf,
@@ -105,8 +107,10 @@ impl<'a> Lane<'a> {
         let rig = Rig::enter().ok_or_else(|| io::Error::other("root is needed"))?;
         let mut random = Random::new(seed);
         let host = Host::make(&rig, flavour, seed)?;
+        let golden = Golden::make(&host, golden::dirs(&rig)?, seed)?;
         Ok(Lane {
             program,
+            golden,
             host,
             run: rig.dir("run")?,
             ledger: Mutex::default(),
@@ -152,7 +156,7 @@ impl<'a> Lane<'a> {
             drop(session.client);
             end(&mut session.daemon)?;
         }
-        Ok(())
+        self.golden.end(end)
     }
 
     /// Some crashes meet a new image or service, the others what the last one has left.
@@ -163,6 +167,10 @@ impl<'a> Lane<'a> {
             end(&mut session.daemon)?;
         }
         self.host.neighbour(&mut self.random)?;
+        let golden = self.golden.visit(&self.host, self.program, &mut self.random);
+        let golden = golden.map_err(context("the golden image"))?;
+        self.count(|tally| tally.add_golden(&golden));
+        golden.verdict()?;
         if renew {
             let ledger = self.ledger.get_mut().unwrap_or_else(PoisonError::into_inner);
             self.host.renew_image(ledger, &mut self.random)?;
@@ -275,6 +283,7 @@ impl<'a> Lane<'a> {
             drop(session.client);
             drop(session.daemon);
         }
+        self.golden.kill();
         self.host.reboot()?;
         self.session = Some(self.start()?);
         self.compare(Floor::Durable)?;

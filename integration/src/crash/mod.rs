@@ -4,9 +4,11 @@
 //! Three hosts (ext4, ext4 without barriers, XFS) crash beside each other, each over and over: a guest that keeps a ledger of what it was
 //! promised writes through extentd, the power goes between two requests of the disk (or the daemon is killed with writes in
 //! flight), the next life begins on what the disk has kept, and all of the image is held against the ledger. Before that each
-//! has a canary, which must outlive a discard in the middle of a write.
+//! has a canary, which must outlive a discard in the middle of a write. A golden image is served beside, read-only, while others
+//! on the host open it, copy it and have its blocks moved.
 
 mod canary;
+mod golden;
 mod host;
 mod lane;
 mod ledger;
@@ -103,13 +105,30 @@ struct Tally {
     haunted: u64,
     /// Flushes that guests were told are complete.
     flushes: u64,
+    /// Times that a guest has read all of a golden image, in direct mode.
+    golden: u64,
 }
 
 impl Tally {
+    /// What was seen of a golden image.
+    fn add_golden(&mut self, seen: &Tally) {
+        self.golden += seen.golden;
+        self.lost += seen.lost;
+    }
+
+    /// An error if something is lost.
+    fn verdict(&self) -> io::Result<()> {
+        match self.lost {
+            0 => Ok(()),
+            lost => Err(io::Error::other(format!("{lost} sectors of it are wrong"))),
+        }
+    }
+
     /// Whether the dangers were met: kills with nothing in flight prove nothing, nor do guests that were promised nothing.
     fn means_something(&self) -> bool {
         let crashed = self.cuts + self.kills > 0;
-        self.canaries > 0 && (self.kills == 0 || self.haunted > 0) && (!crashed || self.flushes > 0)
+        let promised = self.flushes > 0 && self.golden > 0;
+        self.canaries > 0 && (self.kills == 0 || self.haunted > 0) && (!crashed || promised)
     }
 }
 
@@ -126,8 +145,8 @@ pub fn crash(options: &Options) -> bool {
     let result = Program::find(options).and_then(|program| all(options, seed, &program, &tally));
     let tally = tally.into_inner().unwrap_or_else(PoisonError::into_inner);
     println!(
-        "crash: canaries={} flushes={} kills_with_writes_in_flight={}",
-        tally.canaries, tally.flushes, tally.haunted
+        "crash: canaries={} flushes={} kills_with_writes_in_flight={} golden={}",
+        tally.canaries, tally.flushes, tally.haunted, tally.golden
     );
     if let Err(error) = &result {
         println!("{error}");
