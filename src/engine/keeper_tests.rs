@@ -725,3 +725,6 @@ mod populate;
 
 #[path = "forget_tests.rs"]
 mod forget;
+
+#[path = "tail_tests.rs"]
+mod tail;

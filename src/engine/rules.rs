@@ -15,6 +15,22 @@ pub struct Rules {
     pub(super) still: bool,
     /// R12: only whole blocks are punched.
     pub(super) punch_rounded: bool,
+    /// R14: the file's metadata counts as dirty once a punch has ended, whatever was committed while it ran.
+    pub(super) punch_dirt: bool,
+    /// R13: a strict flush holds back what arrives on the other queues, too.
+    pub(super) fence_all: bool,
+    /// R12: a worker starts no request before it has heard of the park orders that stand.
+    pub(super) begin: bool,
+    /// R12: a worker that joins gets the park orders that stand.
+    pub(super) join_parked: bool,
+    /// R2a: zeros are answered only under a lease that was confirmed lately.
+    pub(super) zero_lease: bool,
+    /// Section 4: the block that the file ends in is opaque, whatever FIEMAP says of it.
+    pub(super) tail_opaque: bool,
+    /// R8: what is evicted is quiesced first.
+    pub(super) evict_drain: bool,
+    /// R8: what was evicted is published.
+    pub(super) evict_publish: bool,
     /// R10: what the map says of blocks that were written through the file is forgotten before the guest is told (ADR 0006).
     pub(super) forget: bool,
     /// R2b: raw I/O in flight is bounded by what the device completes.
@@ -29,11 +45,22 @@ impl Default for Rules {
             metadata_sync: true,
             still: true,
             punch_rounded: true,
+            punch_dirt: true,
+            fence_all: true,
+            begin: true,
+            join_parked: true,
+            zero_lease: true,
+            tail_opaque: true,
+            evict_drain: true,
+            evict_publish: true,
             forget: true,
             pace: true,
         }
     }
 }
+
+#[cfg(feature = "mutants")]
+mod without;
 
 #[cfg(feature = "mutants")]
 impl Rules {

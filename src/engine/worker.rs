@@ -206,7 +206,7 @@ impl Worker {
                 self.unpark(io);
             }
             ToWorker::Point(id) => {
-                self.fence.open();
+                self.fence.open(self.rules.fence_all);
                 self.generations.point(id);
                 self.report_point();
             }
@@ -357,8 +357,8 @@ impl Worker {
             let zeroes = matches!(pending.request.kind, Kind::WriteZeroes { .. });
             let [reads, writes] = &self.raw;
             let access = pending.access(if write { writes } else { reads }.longest(zeroes));
-            if !self.begun || self.lease_lost || self.parks.iter().any(|p| p.range.overlaps(&range))
-            {
+            let begun = self.begun || !self.rules.begin;
+            if !begun || self.lease_lost || self.parks.iter().any(|p| p.range.overlaps(&range)) {
                 pending.phase = Phase::Parked;
                 self.parked.push_back(tag);
                 return;

@@ -523,3 +523,6 @@ fn a_miss_stalls_no_other_request() {
     assert_eq!(rig.done.get(&miss), Some(&Status::Ok));
     assert_eq!(rig.done.get(&miss_too), Some(&Status::Ok));
 }
+
+#[path = "orders_tests.rs"]
+mod orders;

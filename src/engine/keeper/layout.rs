@@ -143,7 +143,9 @@ impl Keeper {
         if let Some(lock) = self.locks.release(owner) {
             self.forget(lock.range);
         }
-        self.commit.soil(Dirt { metadata: true, device: None });
+        if self.config.rules.punch_dirt {
+            self.commit.soil(Dirt { metadata: true, device: None });
+        }
         self.release(park);
         self.send(owner.0, ToWorker::Discarded(owner.1, result.err().unwrap_or(0)));
         self.work();

@@ -210,8 +210,9 @@ impl Keeper {
         };
         for extent in extents.iter().map(|e| e.clip(&covered)).filter(|e| !e.range.is_empty()) {
             let raw = matches!(extent.state, State::Mapped | State::Shared);
+            let inside = extent.range.end <= self.config.geometry.file_size;
             let whole = extent.range.aligned(block)
-                && extent.range.end <= self.config.geometry.file_size
+                && (inside || !self.config.rules.tail_opaque)
                 && extent.device.0 % u64::from(self.config.geometry.write_block) == 0;
             let state = if raw && !(self.proven && whole) { State::Opaque } else { extent.state };
             if extent.range.start > at {
@@ -291,15 +292,27 @@ impl Keeper {
         kept.extend(self.wants.iter().map(|want| want.range));
         // A sixteenth more than needed, so that a full map does not evict at every miss.
         for range in self.map.victims(cap - cap / 16, &kept) {
-            self.park(now, range, Drain::Raw, Parking::Evict);
+            if self.config.rules.evict_drain {
+                self.park(now, range, Drain::Raw, Parking::Evict);
+            } else {
+                self.drop_evicted(range);
+            }
         }
     }
 
     pub(super) fn evicted(&mut self, park: ParkId, range: FileRange) {
-        let before = self.map.len();
-        self.forget(range);
-        self.counts.evictions += before.saturating_sub(self.map.len()) as u64;
+        self.drop_evicted(range);
         self.release(park);
+    }
+
+    fn drop_evicted(&mut self, range: FileRange) {
+        let before = self.map.len();
+        let unpublished = self.unpublished;
+        self.forget(range);
+        if !self.config.rules.evict_publish {
+            self.unpublished = unpublished;
+        }
+        self.counts.evictions += before.saturating_sub(self.map.len()) as u64;
     }
 
     /// Whether a lock's purpose means that its range is being written.

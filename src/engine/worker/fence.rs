@@ -18,9 +18,9 @@ pub(super) struct Fence {
 }
 
 impl Fence {
-    /// The keeper has set a flush point.
-    pub(super) const fn open(&mut self) {
-        self.open = self.strict;
+    /// The keeper has set a flush point. `all`: it holds back what arrives on any queue, not only behind the flush on its own.
+    pub(super) const fn open(&mut self, all: bool) {
+        self.open = self.strict && all;
     }
 
     /// No flush is under way any more.

@@ -21,7 +21,7 @@ impl Worker {
         let crowded = raw && !self.pace(access.write).admits(io.lately(), piece.unit.len());
         let stalled = crowded || !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
         // Zeros too: nobody may have filled the hole since the map was read (R2a). They start and end here.
-        let mapped = piece.route != Route::File;
+        let mapped = raw || piece.route == Route::Zero && self.rules.zero_lease;
         let parked = !stalled && mapped && {
             let now = if raw { io.lately() } else { io.now() };
             !self.lease_ours(io, now)
