@@ -20,6 +20,7 @@ fn alone(state: State) -> (Worker, Sink) {
         zeroes_bytes: 4 << 20,
         punch_bytes: 256 << 20,
         lease_fresh: Some(Duration::from_secs(10)),
+        raw: crate::engine::RawLimits::default(),
     };
     let shared = Arc::new(Shared::new());
     let mut map = crate::engine::extent::ExtentMap::new();

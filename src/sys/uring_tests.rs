@@ -857,7 +857,9 @@ fn raw_operations_left_in_the_queue_go_out_only_if_the_lease_is_still_ours() {
     };
     let leased = Image::new();
     let file = leased.open(true);
-    let mut ring = Ring::new(file.as_fd(), Some(device.as_fd()), &GEOMETRY, true, 0).unwrap();
+    let mut ring =
+        Ring::new(file.as_fd(), Some(device.as_fd()), &GEOMETRY, Some(lease::Kind::Write), 0)
+            .unwrap();
     let memory = ram();
     memory.write_slice(&fill(4, 8192), GuestAddress(RAM)).unwrap();
     set(&mut ring, 0, &memory, &[(0, 8192)]);
