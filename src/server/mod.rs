@@ -4,10 +4,10 @@
 //! them.
 //!
 //! ```text
-//! signals ─┐           listener ┐                        ┌─► session (queue threads)
+//! leases ──┐           listener ┐                        ┌─► session (queue threads)
 //! inotify ─┼─► Process  control ┤                        ├─► helper thread (FIEMAP, fsync, punch)
-//! news ────┘      └───►   inbox ┼─► Server ◄─► Keeper ───┼─► mtime thread
-//!                         timer ┘                        └─► lease
+//! news ────┤      └───►   inbox ┼─► Server ◄─► Keeper ───┼─► mtime thread
+//! signals ─┘              timer ┘                        └─► lease
 //! ```
 
 mod clients;

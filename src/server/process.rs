@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The process: a thread for each device, and in the main thread what the devices share: the signals, the
+//! The process: a thread for each device, and in the main thread what the devices share: the lease signals, the
 //! watches on their images, a start that succeeds for all of them or not at all, and the end.
 //!
 //! A device's thread may be held up by its own disk, its own frontend, the end of its own session, and no
