@@ -63,6 +63,11 @@ impl Running {
         Self::Sync { image, device }
     }
 
+    /// Whether it is a piece of request `tag` that moves some of `unit`.
+    pub(super) fn meets(&self, tag: Tag, unit: FileRange) -> bool {
+        matches!(self, Self::Piece(op) if op.tag == tag && op.piece.unit.overlaps(&unit))
+    }
+
     pub(super) const fn piece(&self) -> Option<&Piece> {
         match self {
             Self::Piece(op) => Some(&op.piece),
@@ -266,13 +271,16 @@ impl Worker {
         self.go_on(io, id, op);
     }
 
-    /// Takes in `bytes` of a transfer that ended early. A raw write goes on at a whole block of the device's cache, and
-    /// gives up if it never gets that far.
+    /// Takes in `bytes` of a transfer that ended early. A write goes on at a whole block of what caches its target, the
+    /// device's page cache (ADR 0004) or the file's (R10a), and gives up if it never gets that far.
     fn moved_on(&self, op: &mut PieceOp, bytes: u32) -> bool {
         let before = op.done;
         op.done += bytes;
-        if op.write && !op.read_first && op.device().is_some() {
-            op.done -= op.done % self.geometry.write_block;
+        if op.write && !op.read_first {
+            // A unit begins with a whole block of either.
+            let raw = op.device().is_some();
+            op.done -=
+                op.done % if raw { self.geometry.write_block } else { self.geometry.fs_block };
         }
         op.retries += u8::from(op.done == before);
         op.done > before || op.retries < RETRIES

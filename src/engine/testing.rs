@@ -231,6 +231,7 @@ impl Rig {
             rules: Rules::default(),
         };
         change(&mut config);
+        let geometry = config.geometry;
         let shared = Arc::new(Shared::new());
         let counters = Arc::new(Counters::default());
         let mut rig = Self {

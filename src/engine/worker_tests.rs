@@ -157,6 +157,64 @@ fn a_short_transfer_goes_on_and_an_error_fails_its_request_alone() {
     assert_eq!(rig.read(range(0, 1))[512..], vec![3; BLOCK as usize - 512]);
 }
 
+/// R10a: the rest of a block on its own could go through the page cache, beside raw writes to the block.
+#[test]
+fn a_short_file_write_goes_on_at_a_whole_block() {
+    for (start, states) in [(Start::Filesystem, MAPPED), (Start::Eligible, HOLES)] {
+        let mut rig = Rig::new(states, start);
+        let part = FileRange::new(512, 3 * BLOCK);
+        // The first block is read, for its first sector; then three writes stop inside a block.
+        rig.world.results.extend([BLOCK as i32, 512, 1024, BLOCK as i32 + 1024]);
+        let tag = rig.write(part, 3);
+        assert_eq!(rig.done[&tag], Status::Ok);
+        let writes: Vec<(u64, u32)> = (rig.world.log.iter())
+            .filter_map(|op| match op {
+                Op::Write(Target::Image(at), buf) => Some((*at, buf.len())),
+                _ => None,
+            })
+            .collect();
+        assert!(writes.len() >= 4, "{writes:?}");
+        let whole = |(at, len): &(u64, u32)| at % BLOCK == 0 && u64::from(*len) % BLOCK == 0;
+        assert!(writes.iter().all(whole), "{writes:?}");
+        // What was only said to be written before the block that was begun is not written again.
+        assert!(writes.contains(&(2 * BLOCK, BLOCK as u32)), "{writes:?}");
+        assert_eq!(rig.read(range(2, 1)), vec![3; BLOCK as usize]);
+    }
+}
+
+/// A file that never takes a whole block must not keep the worker trying for ever.
+#[test]
+fn a_file_write_that_never_gets_a_block_on_fails() {
+    let mut rig = Rig::new(MAPPED, Start::Filesystem);
+    rig.world.results.extend([512; 200]);
+    let tag = rig.write(range(0, 1), 3);
+    assert_eq!(rig.done[&tag], Status::IoError);
+    assert!(rig.world.log.len() < 100);
+}
+
+/// Two raw pieces of a request that lie in one block of the file are planned again: through the file each is a
+/// read-modify-write of that block, and they must not meet.
+#[test]
+fn pieces_of_a_request_that_meet_in_a_block_of_the_file_take_turns() {
+    for lost in [false, true] {
+        let mut rig = Rig::with(MAPPED, Start::Eligible, |c| c.geometry.write_block = 1024);
+        rig.write(range(5, 1), 6);
+        let before = rig.read(range(4, 1));
+        rig.world.hold = true;
+        let part = FileRange::new(4 * BLOCK + 512, 4 * BLOCK + 1536);
+        let tag = rig.write(part, 7);
+        rig.world.lease = !lost;
+        rig.world.clock += Duration::from_secs(11);
+        rig.world.results.extend([-11, -11]);
+        rig.world.hold = false;
+        rig.run();
+        assert_eq!(rig.done[&tag], Status::Ok);
+        let after = rig.read(range(4, 1));
+        assert!(after[512..1536].iter().all(|byte| *byte == 7), "lost: {lost}");
+        assert!(after[..512] == before[..512] && after[1536..] == before[1536..]);
+    }
+}
+
 #[test]
 fn a_flush_waits_for_the_write_before_it_and_syncs_what_is_dirty() {
     let mut rig = Rig::new(MAPPED, Start::Eligible);

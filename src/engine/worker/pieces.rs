@@ -19,7 +19,8 @@ impl Worker {
     ) -> bool {
         let raw = matches!(piece.route, Route::Device(_));
         let crowded = raw && !self.pace(access.write).admits(io.lately(), piece.unit.len());
-        let stalled = crowded || !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
+        let full = !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
+        let stalled = crowded || full || self.meets_its_own(tag, access, &piece);
         // Zeros too: nobody may have filled the hole since the map was read (R2a). They start and end here.
         let mapped = raw || piece.route == Route::Zero && self.rules.zero_lease;
         let parked = !stalled && mapped && {
@@ -58,6 +59,15 @@ impl Worker {
         }
         self.launch(io, running);
         true
+    }
+
+    /// Whether a read-modify-write through the file would meet another piece of its own request in the same unit: of pieces that
+    /// were raw and are planned again, several may lie in one. The lock keeps only other requests out.
+    fn meets_its_own(&self, tag: Tag, access: Access, piece: &Piece) -> bool {
+        access.write
+            && piece.route == Route::File
+            && piece.partial()
+            && self.ops.iter().any(|running| running.meets(tag, piece.unit))
     }
 
     /// A piece ended; called by `ops.rs`.
