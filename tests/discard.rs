@@ -165,15 +165,15 @@ fn everything(kind: Kind, sector: u32) {
     let fs = Filesystem::make(kind, 400 * MIB, sector, &Backing::Memory, &mount).unwrap();
     let image = fs.path().join("image");
     for layout in [Layout::Written, Layout::Mixed] {
-        let status = contents(&run, &image, layout, kind.block(), kind.eligible());
+        let status = contents(&run, &image, layout, kind.unit(), kind.eligible());
         assert_eq!(status.direct(), kind.eligible(), "{status:?}");
         std::fs::remove_file(&image).unwrap();
     }
     if kind.eligible() {
-        let status = contents(&run, &image, Layout::Mixed, kind.block(), false);
+        let status = contents(&run, &image, Layout::Mixed, kind.unit(), false);
         assert!(!status.direct(), "{status:?}");
         std::fs::remove_file(&image).unwrap();
-        space(&run, &image, kind.block());
+        space(&run, &image, kind.unit());
     }
     fs.check().unwrap();
 }

@@ -32,7 +32,7 @@ fn fill(kind: Kind, options: &[&str]) {
         bed.model.check(0, &bed.host_bytes().unwrap()).unwrap();
     }
     bed.await_direct(PATIENCE).unwrap();
-    let zeroed = Workload { seed: 4, discard: Some(kind.block()), ..Workload::default() };
+    let zeroed = Workload { seed: 4, discard: Some(kind.unit()), ..Workload::default() };
     zeroed.run(client.queues(), &mut bed.model).unwrap();
     bed.check_guest(&mut client).unwrap();
     let status = bed.daemon.status().unwrap();

@@ -228,7 +228,7 @@ fn a_part_of_an_image() {
             let inside = usize::try_from(offset).unwrap()..usize::try_from(offset + len).unwrap();
             let mut part = Model::new(bed.model.bytes().get(inside).unwrap().to_vec());
             // What a discard leaves of a block depends on where it is in the file, and the model does not know.
-            let discard = offset.is_multiple_of(kind.block()).then_some(kind.block());
+            let discard = offset.is_multiple_of(kind.unit()).then_some(kind.unit());
             let load = Workload { requests: 300, discard, ..Workload::default() };
             load.run(client.queues(), &mut part).unwrap();
             bed.model.write(offset, part.bytes()).unwrap();

@@ -156,7 +156,7 @@ pub fn look(image: &Image, ownership: &Ownership) -> Check {
         device: image.device_path().map(|path| path.display().to_string()),
         lease: ownership.lease.to_owned(),
         alignment: Alignment {
-            filesystem_block: geometry.fs_block,
+            filesystem_block: image.fs_block(),
             device_block: geometry.dev_block,
             raw_write: geometry.write_block,
             file: geometry.file_align,

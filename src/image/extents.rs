@@ -5,17 +5,19 @@ use crate::engine::extent::{Extent, State};
 use crate::engine::units::{DeviceOffset, FileRange};
 use crate::sys::fiemap::{self, RawExtent};
 
-/// What an extent must fit to be used raw.
+/// What an extent must fit to be used raw. All in bytes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Bounds {
-    /// Bytes in the file.
-    pub(super) file_size: u64,
-    /// Bytes on the device.
-    pub(super) device_size: u64,
+pub struct Bounds {
+    /// The file's size.
+    pub file_size: u64,
+    /// The device's size.
+    pub device_size: u64,
     /// The filesystem's block size.
-    pub(super) fs_block: u64,
+    pub fs_block: u64,
+    /// What the file is written and locked in multiples of: a block, or a page of several (ADR 0010).
+    pub unit: u64,
     /// What raw writes are multiples of.
-    pub(super) write_block: u64,
+    pub write_block: u64,
 }
 
 /// What the flags say. A flag this does not know makes the extent opaque.
@@ -29,36 +31,55 @@ fn state(flags: u32) -> State {
     }
 }
 
-/// The extents inside `range` (whole filesystem blocks), in order. What lies between is a hole.
-pub(super) fn translate(raw: &[RawExtent], range: FileRange, bounds: &Bounds) -> Vec<Extent> {
+/// The extents inside `range` (whole units), in order. What lies between is a hole.
+///
+/// A unit that lies in more than one extent, or is a hole in part, is opaque: it is written as a whole, through the file,
+/// and no part of it may be written raw meanwhile.
+#[must_use]
+pub fn translate(raw: &[RawExtent], range: FileRange, bounds: &Bounds) -> Vec<Extent> {
     let mut out = Vec::with_capacity(raw.len() + 1);
     let mut done = range.start;
-    // The block the file ends in is only partly ours: what lies behind the end is not.
-    let whole = bounds.file_size - bounds.file_size % bounds.fs_block;
+    // The unit the file ends in is only partly ours: what lies behind the end is not.
+    let whole = bounds.file_size - bounds.file_size % bounds.unit;
     for extent in raw {
         let exact = FileRange::new(extent.logical, extent.logical + extent.length);
-        let device = DeviceOffset(extent.physical);
-        let mut state = state(extent.flags);
-        let placed = matches!(state, State::Mapped | State::Shared);
-        let aligned =
-            exact.aligned(bounds.fs_block) && extent.physical.is_multiple_of(bounds.write_block);
-        // Byte 0 of the device belongs to the filesystem itself.
-        let inside = extent.physical != 0
-            && extent.physical.saturating_add(extent.length) <= bounds.device_size;
-        if !aligned || placed && !inside {
-            state = State::Opaque;
+        let state = usable(extent, exact, bounds);
+        let rounded = exact.round_out(bounds.unit);
+        let inner = match state {
+            State::Opaque => FileRange::new(rounded.end, rounded.end),
+            _ => exact.intersect(&FileRange::new(0, whole)).round_in(bounds.unit),
+        };
+        let opaque = |start, end| Extent {
+            range: FileRange::new(start, end),
+            device: DeviceOffset(0),
+            state: State::Opaque,
+        };
+        let shift = inner.start.saturating_sub(exact.start);
+        let device = DeviceOffset(extent.physical).plus(shift);
+        let parts = [
+            opaque(rounded.start, inner.start),
+            Extent { range: inner, device, state },
+            opaque(inner.end, rounded.end),
+        ];
+        for part in parts {
+            let part = part.clip(&FileRange::new(done, range.end));
+            done = done.max(part.range.end);
+            push(&mut out, part);
         }
-        let rounded = exact.round_out(bounds.fs_block);
-        let shift = exact.start - rounded.start;
-        let device = DeviceOffset(device.0.saturating_sub(shift));
-        let extent =
-            Extent { range: rounded, device, state }.clip(&FileRange::new(done, range.end));
-        done = done.max(extent.range.end);
-        push(&mut out, extent.clip(&FileRange::new(0, whole)));
-        let tail = extent.clip(&FileRange::new(whole, range.end));
-        push(&mut out, Extent { state: State::Opaque, ..tail });
     }
     out
+}
+
+/// What may be done with an extent: nothing raw where it is not what a regular file's extent must be.
+fn usable(extent: &RawExtent, exact: FileRange, bounds: &Bounds) -> State {
+    let state = state(extent.flags);
+    let placed = matches!(state, State::Mapped | State::Shared);
+    let aligned =
+        exact.aligned(bounds.fs_block) && extent.physical.is_multiple_of(bounds.write_block);
+    // Byte 0 of the device belongs to the filesystem itself.
+    let inside =
+        extent.physical != 0 && extent.physical.saturating_add(extent.length) <= bounds.device_size;
+    if aligned && (inside || !placed) { state } else { State::Opaque }
 }
 
 fn push(out: &mut Vec<Extent>, extent: Extent) {

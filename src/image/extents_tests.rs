@@ -2,8 +2,15 @@
 use super::*;
 
 const MIB: u64 = 1 << 20;
-const BOUNDS: Bounds =
-    Bounds { file_size: 10 * MIB + 100, device_size: 64 * MIB, fs_block: 4096, write_block: 512 };
+const BOUNDS: Bounds = Bounds {
+    file_size: 10 * MIB + 100,
+    device_size: 64 * MIB,
+    fs_block: 4096,
+    unit: 4096,
+    write_block: 512,
+};
+/// A filesystem with four blocks in a page.
+const SMALL: Bounds = Bounds { fs_block: 1024, write_block: 1024, ..BOUNDS };
 
 fn raw(logical: u64, physical: u64, length: u64, flags: u32) -> RawExtent {
     RawExtent { logical, physical, length, flags }
@@ -91,4 +98,30 @@ fn holes_fill_what_lies_between() {
     let states: Vec<State> = all.iter().map(|e| e.state).collect();
     assert_eq!(states, [State::Hole, State::Mapped, State::Hole]);
     assert_eq!(all[2].range, FileRange::new(8192, 16384));
+}
+
+#[test]
+fn a_page_of_blocks_in_several_extents_is_opaque_as_a_whole() {
+    let raws = [
+        raw(1024, MIB, 9 * 1024, 0),
+        raw(10 * 1024, 2 * MIB, 6 * 1024, 0),
+        raw(16 * 1024, 3 * MIB, 3 * 1024, fiemap::UNWRITTEN),
+        raw(20 * 1024, 4 * MIB, 1024, 0),
+    ];
+    let got = translate(&raws, FileRange::new(0, MIB), &SMALL);
+    let got: Vec<_> =
+        got.iter().map(|e| (e.range.start >> 10, e.range.end >> 10, e.state)).collect();
+    let want = [
+        (0, 4, State::Opaque),
+        (4, 8, State::Mapped),
+        (8, 12, State::Opaque),
+        (12, 16, State::Mapped),
+        (16, 20, State::Opaque),
+        (20, 24, State::Opaque),
+    ];
+    assert_eq!(got, want);
+    let second = translate(&raws, FileRange::new(4096, MIB), &SMALL)[0];
+    assert_eq!(second.device, DeviceOffset(MIB + 3 * 1024));
+    let fourth = translate(&raws, FileRange::new(12288, MIB), &SMALL)[0];
+    assert_eq!(fourth.device, DeviceOffset(2 * MIB + 2 * 1024));
 }

@@ -8,7 +8,7 @@ mod aligned;
 mod device;
 mod eligible;
 mod error;
-mod extents;
+pub mod extents;
 mod format;
 mod holders;
 mod jobs;
@@ -157,6 +157,8 @@ pub struct Image {
     /// For a block device: its number.
     block_device: Option<u64>,
     geometry: Geometry,
+    /// The filesystem's own block size, or the device's for a block device.
+    fs_block: u32,
     limits: Limits,
     topology: Topology,
     start: Start,
@@ -220,6 +222,12 @@ impl Image {
     #[must_use]
     pub const fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+
+    /// The filesystem's own block size in bytes, where `geometry().fs_block` may be a page of several (ADR 0010).
+    #[must_use]
+    pub const fn fs_block(&self) -> u32 {
+        self.fs_block
     }
 
     /// What the guest may ask for.

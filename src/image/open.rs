@@ -27,6 +27,7 @@ use crate::engine::units::SECTOR;
 use crate::sys::blockdev::{self, DeviceFacts};
 use crate::sys::fiemap::Fiemap;
 use crate::sys::lease::{self, Kind};
+use crate::sys::page_cache;
 
 /// Larger blocks than any of ours, and a multiple of all: for reads before the alignment is known.
 const PAGE: u32 = 4096;
@@ -74,8 +75,10 @@ pub(super) fn open(options: &Options, wait: Duration) -> Result<Image, OpenError
     let canonical = fs::canonicalize(path).map_err(io_error(path, "canonicalize"))?;
     let lease_break_time = lease_break_time();
     let shares_blocks = eligible::shares_blocks(fd.as_fd());
+    let fs_block = fs_block(path, &fd, align, own.as_ref())?;
     let mut image = Image {
-        geometry: geometry(path, &fd, size, align, own.as_ref(), lease_break_time)?,
+        geometry: geometry(size, align, own.as_ref(), fs_block, lease_break_time),
+        fs_block,
         topology: topology(own.as_ref(), align, align.offset, limits.base),
         file: fd,
         path: path.clone(),
@@ -194,37 +197,50 @@ fn check_format(path: &Path, fd: &OwnedFd, align: Alignment, size: u64) -> Resul
     }
 }
 
-fn geometry(
+/// The filesystem's block size; for a block device, which has no filesystem, its own.
+fn fs_block(
     path: &Path,
     fd: &OwnedFd,
+    align: Alignment,
+    own: Option<&DeviceFacts>,
+) -> Result<u32, OpenError> {
+    if own.is_some() {
+        return Ok(align.offset);
+    }
+    let said = fstatvfs(fd).map_err(io_error(path, "statvfs"))?.f_bsize;
+    // Network filesystems call their preferred transfer a block.
+    let said = u32::try_from(said).ok().filter(|b| b.is_power_of_two() && *b <= BOUNCE_BYTES);
+    Ok(said.unwrap_or(PAGE).max(align.offset))
+}
+
+fn geometry(
     size: u64,
     align: Alignment,
     own: Option<&DeviceFacts>,
+    fs_block: u32,
     lease_break_time: Duration,
-) -> Result<Geometry, OpenError> {
-    let fs_block = if own.is_some() {
-        align.offset
-    } else {
-        let said = fstatvfs(fd).map_err(io_error(path, "statvfs"))?.f_bsize;
-        // Network filesystems call their preferred transfer a block.
-        let said = u32::try_from(said).ok().filter(|b| b.is_power_of_two() && *b <= BOUNCE_BYTES);
-        said.unwrap_or(PAGE).max(align.offset)
+) -> Geometry {
+    // A page that holds several blocks stays in the page cache, stale, when a direct write to one of them ends while
+    // another is dirty. So none is written without the others (ADR 0010).
+    let unit = match own {
+        Some(_) => fs_block,
+        None => fs_block.max(u32::try_from(page_cache::page_size()).unwrap_or(PAGE)),
     };
-    Ok(Geometry {
+    Geometry {
         file_size: size,
-        fs_block,
+        fs_block: unit,
         file_align: align.offset,
         dev_block: align.offset,
         write_block: align.offset,
         mem_align: align.memory,
-        bounce_bytes: BOUNCE_BYTES.max(fs_block),
+        bounce_bytes: BOUNCE_BYTES.max(unit),
         bounce_slots: BOUNCE_SLOTS,
         ops: OPS,
         zeroes_bytes: ZEROES_BYTES,
         punch_bytes: PUNCH_BYTES,
         lease_fresh: own.is_none().then_some(lease_break_time / 4),
         raw: crate::engine::RawLimits::default(),
-    })
+    }
 }
 
 /// The device as files on it see it: their blocks lie at multiples of the filesystem's blocks and no better, and
@@ -340,8 +356,9 @@ impl Image {
         geometry.fs_block = geometry.fs_block.max(geometry.write_block);
         geometry.bounce_bytes = geometry.bounce_bytes.max(geometry.fs_block);
         let align = Alignment { offset: geometry.file_align, memory: geometry.mem_align };
-        let facts = in_blocks(device.facts, geometry.fs_block, geometry.write_block);
-        self.topology = topology(Some(&facts), align, geometry.fs_block, self.limits.base);
+        let fs_block = self.fs_block.max(geometry.write_block);
+        let facts = in_blocks(device.facts, fs_block, geometry.write_block);
+        self.topology = topology(Some(&facts), align, fs_block, self.limits.base);
         self.device = Some(device);
     }
 

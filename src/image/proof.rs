@@ -120,7 +120,8 @@ impl Image {
         Bounds {
             file_size: self.geometry.file_size,
             device_size: self.device.as_ref().map_or(u64::MAX, |device| device.facts.size),
-            fs_block: u64::from(self.geometry.fs_block),
+            fs_block: u64::from(self.fs_block),
+            unit: u64::from(self.geometry.fs_block),
             write_block: u64::from(self.geometry.write_block),
         }
     }
@@ -202,7 +203,7 @@ impl Image {
     /// Whether the block of the file at `at` still lies there.
     fn still_at(&self, at: u64, place: DeviceOffset) -> io::Result<bool> {
         let block = FileRange::new(at, at + u64::from(self.geometry.fs_block));
-        let (extents, _) = self.fiemap(block, 1)?;
+        let (extents, _) = self.fiemap(block, MAX_EXTENTS)?;
         Ok(extents.first().is_some_and(|extent| {
             extent.range == block
                 && extent.device == place

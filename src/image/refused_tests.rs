@@ -46,8 +46,11 @@ device_test!(ext2_ext3_ext4_and_xfs_are_eligible, {
         let disk = Disk::new(mkfs, 512);
         let path = disk.file("image", 64);
         eligible(&path);
-        let geometry = *open(&path).geometry();
-        assert_eq!(geometry.fs_block, block, "{mkfs}");
+        let image = open(&path);
+        let geometry = *image.geometry();
+        // A page is written as a whole (ADR 0010).
+        assert_eq!((image.fs_block(), geometry.fs_block), (block, 4096), "{mkfs}");
+        drop(image);
         assert_eq!((geometry.file_align, geometry.dev_block, geometry.mem_align), (512, 512, 512));
         let empty = disk.path().join("sparse");
         sh(&format!("truncate -s 1T {} || truncate -s 100M {0}", empty.display()));

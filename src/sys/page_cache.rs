@@ -112,7 +112,8 @@ fn mincore(fd: BorrowedFd<'_>, range: FileRange) -> io::Result<u64> {
 }
 
 /// The granule of the page cache, in bytes.
-fn page_size() -> u64 {
+#[must_use]
+pub fn page_size() -> u64 {
     // SAFETY: sysconf takes and returns a number.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     u64::try_from(size).unwrap_or(4096)

@@ -14,6 +14,8 @@ use super::wait::{self, PATIENCE};
 pub enum Kind {
     /// ext2, 4 KiB blocks, no journal, no extents.
     Ext2,
+    /// ext2, 1 KiB blocks: smaller than a page.
+    Ext2Small,
     /// ext3, 4 KiB blocks, journal, no extents.
     Ext3,
     /// ext4, 4 KiB blocks.
@@ -36,7 +38,12 @@ impl Kind {
 
     /// The filesystem's block size in bytes.
     pub fn block(self) -> u64 {
-        if self == Kind::Ext4Small { 1024 } else { 4096 }
+        if matches!(self, Kind::Ext2Small | Kind::Ext4Small) { 1024 } else { 4096 }
+    }
+
+    /// What files on it are written, and punched, in multiples of (ADR 0010).
+    pub fn unit(self) -> u64 {
+        self.block().max(4096)
     }
 
     /// Whether mkfs allows it on sectors of `sector` bytes.
@@ -50,6 +57,7 @@ impl Kind {
         const AT_ONCE: &str = "lazy_itable_init=0,lazy_journal_init=0";
         let (program, args): (&str, &[&str]) = match self {
             Kind::Ext2 => ("mkfs.ext2", &["-q", "-F", "-b", "4096", "-m", "0"]),
+            Kind::Ext2Small => ("mkfs.ext2", &["-q", "-F", "-b", "1024", "-m", "0"]),
             Kind::Ext3 => ("mkfs.ext3", &["-q", "-F", "-b", "4096", "-m", "0"]),
             Kind::Ext4 => ("mkfs.ext4", &["-q", "-F", "-b", "4096", "-m", "0", "-E", AT_ONCE]),
             Kind::Ext4Small => ("mkfs.ext4", &["-q", "-F", "-b", "1024", "-m", "0"]),
@@ -65,7 +73,9 @@ impl Kind {
     /// Has its fsck look for damage on `device`, which is not mounted, without repairing any.
     pub fn check(self, device: &Path) -> io::Result<()> {
         let (program, args): (&str, &[&str]) = match self {
-            Kind::Ext2 | Kind::Ext3 | Kind::Ext4 | Kind::Ext4Small => ("e2fsck", &["-f", "-n"]),
+            Kind::Ext2 | Kind::Ext2Small | Kind::Ext3 | Kind::Ext4 | Kind::Ext4Small => {
+                ("e2fsck", &["-f", "-n"])
+            }
             Kind::Xfs | Kind::XfsReflink => ("xfs_repair", &["-n"]),
             Kind::Btrfs => ("btrfs", &["check", "--readonly"]),
         };
