@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A driver that believes in write-through never flushes, whatever has happened to us meanwhile: its frontend connected
-//! again, somebody else looked at the device, or this daemon is not the one that told it.
+//! A driver that believes in write-through never flushes, whatever has happened to us meanwhile:
+//! its frontend connected again, somebody else looked at the device, or this daemon is not the one
+//! that told it.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -26,7 +27,8 @@ fn served(rig: &Rig) -> (FaultDisk, Bed) {
     (disk, bed)
 }
 
-/// A frontend whose rings are all enabled and go on at `index`; it asks for its configuration if it is new.
+/// A frontend whose rings are all enabled and go on at `index`; it asks for its configuration if it
+/// is new.
 fn connect(bed: &Bed, new: bool, index: u16) -> Frontend {
     let mut front = Frontend::connect(bed.daemon.socket(), RINGS, 64).unwrap();
     front.negotiate(FEATURES).unwrap();
@@ -61,7 +63,8 @@ fn write(front: &mut Frontend, index: usize) {
     assert_eq!(ring.status(0).unwrap(), 0);
 }
 
-/// Whether each write is on the disk when it is complete. (The host's filesystem flushes on its own, now and then.)
+/// Whether each write is on the disk when it is complete. (The host's filesystem flushes on its
+/// own, now and then.)
 fn through(disk: &FaultDisk, front: &mut Frontend, index: usize) -> bool {
     let flushed = (0..WRITES).filter(|_| {
         let before = disk.counts().flushes;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A frontend that wants its signals to be waited for: its call eventfd blocks, and is full at some moment between any
-//! look at it and the write that follows.
+//! A frontend that wants its signals to be waited for: its call eventfd blocks, and is full at some
+//! moment between any look at it and the write that follows.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -49,8 +49,8 @@ impl Scene {
     }
 }
 
-/// Empties and fills the counter in turn, and makes it block before it looks whether the worker goes on. It never waits
-/// for the counter itself, and leaves it as is worst.
+/// Empties and fills the counter in turn, and makes it block before it looks whether the worker
+/// goes on. It never waits for the counter itself, and leaves it as is worst.
 fn torment(call: BorrowedFd<'_>, scene: &Scene) {
     let (waits, never) = (OFlags::RDWR, OFlags::RDWR | OFlags::NONBLOCK);
     let mut turn = 0_u32;
@@ -69,7 +69,8 @@ fn torment(call: BorrowedFd<'_>, scene: &Scene) {
     }
 }
 
-/// Has requests answered for [`TRIED`], or until they are not any more; says whether the last one was.
+/// Has requests answered for [`TRIED`], or until they are not any more; says whether the last one
+/// was.
 fn drive(front: &mut Frontend, scene: &Scene) -> bool {
     let ring = front.ring_mut(0).unwrap();
     ring.prepare(0, kind::GET_ID, 0, 20, true).unwrap();

@@ -95,7 +95,8 @@ fn a_late_call_eventfd_is_signalled() {
     read_block(&bed, &mut front, 0);
 }
 
-/// Where an old guest's ring was, SET_VRING_ADDR finds its used index; the new driver's ring begins at 0.
+/// Where an old guest's ring was, SET_VRING_ADDR finds its used index; the new driver's ring begins
+/// at 0.
 #[test]
 fn a_ring_that_is_zeroed_before_it_is_enabled_begins_at_its_beginning() {
     let Some(rig) = Rig::enter() else { return };

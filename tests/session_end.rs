@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Sessions that end with requests in flight. A frontend takes the used index it finds when its connection ends for the
-//! place to go on from: whatever is published after that is answered twice.
+//! Sessions that end with requests in flight. A frontend takes the used index it finds when its
+//! connection ends for the place to go on from: whatever is published after that is answered twice.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -35,8 +35,8 @@ fn used(front: &Frontend) -> [u16; 2] {
     [0, 1].map(|index| front.ring(index).unwrap().used_index().unwrap())
 }
 
-/// Ends a session with writes held by the disk: the frontend must not see that before the last one is published, and
-/// nothing is published once it has seen it.
+/// Ends a session with writes held by the disk: the frontend must not see that before the last one
+/// is published, and nothing is published once it has seen it.
 fn published_before_the_hang_up(end: End) {
     let Some(rig) = Rig::enter() else { return };
     let slow = FaultDisk::mount(64 * MIB, &rig.dir("slow").unwrap()).unwrap();

@@ -151,8 +151,8 @@ impl Front {
         }
     }
 
-    /// The session is to end: no more requests, and those it has are carried out. The frontend sees the end in
-    /// [`finish`](Self::finish), when they have been published.
+    /// The session is to end: no more requests, and those it has are carried out. The frontend sees
+    /// the end in [`finish`](Self::finish), when they have been published.
     pub(super) fn end(&mut self, poll: &Poll, now: Duration) {
         match std::mem::replace(&mut self.slot, Slot::Free) {
             Slot::Active { session, workers } => {

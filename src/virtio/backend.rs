@@ -269,7 +269,8 @@ impl Backend {
     /// The device is as new: another driver takes over.
     ///
     /// The cache mode stays: after a reset it may be either (virtio 1.3, 5.2.5), but the guest must
-    /// be told which, and QEMU does not ask us again: it tells what was last set through it (ADR 0011).
+    /// be told which, and QEMU does not ask us again: it tells what was last set through it (ADR
+    /// 0011).
     fn renew(&self) {
         self.started.store(false, Ordering::Release);
         self.post(Event::DeviceReset);

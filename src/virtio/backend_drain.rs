@@ -108,7 +108,8 @@ impl Hooks for Backend {
         }
     }
 
-    /// An index that is not 0 may be all that is known of a driver that began before its frontend did.
+    /// An index that is not 0 may be all that is known of a driver that began before its frontend
+    /// did.
     ///
     /// A first queue that begins at 0 again belongs to a new driver: one that was only paused
     /// goes on where it was.

@@ -136,7 +136,8 @@ impl SessionMode {
         self.change(device, |state, told| state.look_at(told, queue, index))
     }
 
-    /// The first chain has been taken from a queue since its ring was set up, at used index `index`.
+    /// The first chain has been taken from a queue since its ring was set up, at used index
+    /// `index`.
     pub(crate) fn start(&self, device: &CacheMode, queue: u16, index: u16) -> Changed {
         self.change(device, |state, told| {
             state.look_at(told, queue, index);

@@ -12,7 +12,8 @@ use crate::sys::signaller::Signaller;
 /// The file-type bits of `st_mode`; an eventfd has none of them set.
 const TYPE_BITS: u32 = 0o170_000;
 
-/// An eventfd of the frontend's. Its flags are the frontend's as well, so nothing here rests on them.
+/// An eventfd of the frontend's. Its flags are the frontend's as well, so nothing here rests on
+/// them.
 #[derive(Debug)]
 pub(crate) struct Notifier(OwnedFd);
 

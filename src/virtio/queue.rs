@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One virtqueue, as its worker sees it (virtio 1.3, 2.7).
 //!
-//! The ring's place, size and available index are in the crate's `VringState`, under its lock, because the
-//! daemon thread sets and reports them; what is here, the used index among it, belongs to the worker alone. The lock is taken for each batch that is
-//! taken, published or looked for, and held for a few loads and stores.
+//! The ring's place, size and available index are in the crate's `VringState`, under its lock,
+//! because the daemon thread sets and reports them; what is here, the used index among it, belongs
+//! to the worker alone. The lock is taken for each batch that is taken, published or looked for,
+//! and held for a few loads and stores.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -105,8 +106,9 @@ pub(crate) struct Queue {
     started: Option<u64>,
     /// The used index it began with, until [`begun`](Self::begun) has told it.
     begun: Option<u16>,
-    /// The next used element's index. The crate's own count is not it: the crate reads that from guest memory at
-    /// SET_VRING_ADDR, when an old driver's index may still be there, or, in a running ring, while we publish.
+    /// The next used element's index. The crate's own count is not it: the crate reads that from
+    /// guest memory at SET_VRING_ADDR, when an old driver's index may still be there, or, in a
+    /// running ring, while we publish.
     next_used: u16,
     /// What it counts.
     pub(crate) counters: Arc<QueueCounters>,
@@ -167,8 +169,8 @@ impl Queue {
         Ok(place)
     }
 
-    /// A ring starts with the first chain that is taken from it: by then its driver has initialised the used index.
-    /// One that has chains in flight goes on where it is.
+    /// A ring starts with the first chain that is taken from it: by then its driver has initialised
+    /// the used index. One that has chains in flight goes on where it is.
     fn start(&mut self, ring: u64, memory: &Memory) -> Result<(), Broken> {
         if self.started != Some(ring) && self.in_flight == 0 {
             self.next_used = load(memory, ring, 2).ok_or(Broken::Outside)?;

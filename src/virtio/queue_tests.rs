@@ -296,8 +296,8 @@ fn rings_may_span_memory_regions() {
     assert_eq!((split.used_index(), whole.used_index()), (11, 11));
 }
 
-/// An old guest's leftovers: the used index that is there when the frontend names the ring's place says nothing, the one that
-/// is there when the driver offers its first chain does.
+/// An old guest's leftovers: the used index that is there when the frontend names the ring's place
+/// says nothing, the one that is there when the driver offers its first chain does.
 #[test]
 fn the_used_index_is_read_when_the_ring_starts() {
     let mut rig = rig(false);
@@ -309,8 +309,8 @@ fn the_used_index_is_read_when_the_ring_starts() {
     assert_eq!((first, rig.used_index()), (3, 1));
 }
 
-/// QEMU says where a running ring is when a migration begins. The crate then stores the used index it has read a moment
-/// before, in which something may have been published.
+/// QEMU says where a running ring is when a migration begins. The crate then stores the used index
+/// it has read a moment before, in which something may have been published.
 #[test]
 fn a_running_ring_goes_on_whatever_the_crate_stores() {
     let mut rig = rig(false);

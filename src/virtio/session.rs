@@ -115,9 +115,10 @@ pub struct Session {
     daemon: Option<Daemon>,
     relay: Option<JoinHandle<()>>,
     exit: Arc<OwnedFd>,
-    /// The frontend's connection, of which this process has no other descriptor. It is closed with the session, when the
-    /// last request has been published: the used index that a frontend finds when its connection ends is where it goes
-    /// on from, and what was published later would be answered twice.
+    /// The frontend's connection, of which this process has no other descriptor. It is closed with
+    /// the session, when the last request has been published: the used index that a frontend finds
+    /// when its connection ends is where it goes on from, and what was published later would be
+    /// answered twice.
     front: Arc<UnixStream>,
 }
 

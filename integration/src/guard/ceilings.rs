@@ -47,8 +47,8 @@ pub(super) const CEILINGS: &[Ceiling] = &[
     instructions("instructions, 128 KiB read, 32 extents", 31291.0),
     instructions("instructions, lookup, any of 1 M extents", 401.0),
     // The kick ends one io_uring_enter; the next one submits and sleeps until the disk has answered; to signal the guest
-    // takes one more (ADR 0012). Of 32 requests eight are submitted at a time, and one enter more is needed since one hands some 20
-    // completions over.
+    // takes one more (ADR 0012). Of 32 requests eight are submitted at a time, and one enter more
+    // is needed since one hands some 20 completions over.
     exact("system calls, 4 KiB reads, depth 1", 3.0),
     exact("system calls, 4 KiB writes, depth 1", 3.0),
     // Where the disk is quicker than a sleeper wakes, or slower than it answers, there is one wake-up more: four calls.

@@ -210,7 +210,8 @@ impl Frontend {
         Ok(self.wire.get_config(offset, len, flags, &room).map_err(context("GET_CONFIG"))?.1)
     }
 
-    /// Sends a message that the methods above cannot say: its request number, payload and descriptors as they are given.
+    /// Sends a message that the methods above cannot say: its request number, payload and
+    /// descriptors as they are given.
     pub fn send_raw(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let len = u32::try_from(payload.len()).map_err(io::Error::other)?;
         let header = [request, 1, len].map(u32::to_ne_bytes).concat();
