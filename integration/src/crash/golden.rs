@@ -74,14 +74,17 @@ impl Golden {
             self.readers.push(Reader { daemon, client });
         }
         let before = self.check()?;
-        match random.below(3) {
-            0 => File::open(&self.image)?.read_to_end(&mut Vec::new()).map(drop)?,
-            1 => self.copy()?,
-            _ => self.share()?,
+        if random.one_in(2) {
+            self.copy()?;
+        } else {
+            File::open(&self.image)?.read_to_end(&mut Vec::new())?;
         }
-        // Others take what that may have freed.
-        host.neighbour(random)?;
+        self.share()?;
+        let takers = take_freed(host)?;
         let after = self.check()?;
+        for taker in takers {
+            std::fs::remove_file(taker)?;
+        }
         Ok(Tally { golden: before.golden + after.golden, lost: before.lost + after.lost, ..before })
     }
 
@@ -135,6 +138,20 @@ impl Golden {
         }
         Ok(())
     }
+}
+
+/// Others take what has been freed: files as large as the image, since the filesystem looks for room of just that size, and after a commit,
+/// before which freed blocks are nobody's.
+fn take_freed(host: &Host) -> io::Result<Vec<PathBuf>> {
+    const TAKERS: usize = 8;
+    host.sync()?;
+    let data = b"a taker's data..".repeat(SIZE / 16);
+    let paths: Vec<PathBuf> = (0..TAKERS).map(|n| host.path(&format!("taker-{n}"))).collect();
+    for path in &paths {
+        std::fs::write(path, &data)?;
+    }
+    host.sync()?;
+    Ok(paths)
 }
 
 /// Sectors that are not what was written.
