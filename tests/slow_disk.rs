@@ -106,6 +106,8 @@ fn sigkill_with_a_write_in_flight_to_a_block_device() {
     first.sigkill().unwrap();
     let ((mut next, second), _) = while_held(&slow, GHOST_TIME, || {
         let second = start_daemon();
+        // By one that still dies, or that cannot be seen any more.
+        assert!(second.log().contains("locked by another process"), "{}", second.log());
         let mut next = Client::connect(second.socket(), &ClientOptions::default()).unwrap();
         next.write_at(40960, &NEWER).unwrap();
         (next, second)

@@ -119,6 +119,32 @@ fn a_writable_block_device_has_one_daemon() {
     drop(first);
 }
 
+/// Whom a start waits for is said at once, for a device as for a file; the kernel itself names nobody for such locks.
+#[test]
+fn who_holds_an_image_is_said_at_once() {
+    let Some(rig) = Rig::enter() else { return };
+    let disk = LoopDisk::attach(8 * MIB, 512, &Backing::Memory).unwrap();
+    let file = rig.path().join("image");
+    std::fs::write(&file, vec![0; 1 << 20]).unwrap();
+    for (name, image, options) in [
+        ("device", disk.path(), &[][..]),
+        ("file", &file, &[]),
+        ("shared", &file, &["--read-only"]),
+    ] {
+        let first = daemon(&rig, name, image, options).unwrap();
+        let log = rig.path().join(format!("{name}.log"));
+        let mut command = Command::new(PROGRAM);
+        command.arg("--blk-file").arg(image).arg("--socket-path").arg(rig.path().join("never"));
+        let mut second = spawn(command.stderr(File::create(&log).unwrap())).unwrap();
+        let line = format!("locked by another process, pid {} (extentd); waiting", first.pid());
+        let said = || std::fs::read_to_string(&log).unwrap().contains(&line).then_some(());
+        let told = until("the name of the holder", PATIENCE, said);
+        second.kill().unwrap();
+        second.wait().unwrap();
+        told.unwrap_or_else(|_| panic!("{name}: {}", std::fs::read_to_string(&log).unwrap()));
+    }
+}
+
 /// While somebody has the image open, it is served through the filesystem; when he has gone, directly.
 #[test]
 fn an_image_open_elsewhere_starts_in_filesystem_mode() {

@@ -732,6 +732,28 @@ fn the_ring_is_the_fence() {
     image.try_open(false, libc::O_NONBLOCK).unwrap();
 }
 
+/// R1a: so it is with the locks, of both kinds.
+#[test]
+fn locks_live_as_long_as_the_ring() {
+    use rustix::fs::{FlockOperation, flock};
+
+    use crate::sys::ofd_lock::{Bytes, Kind, try_lock};
+    let image = Image::new();
+    let file = image.open(true);
+    let all = Bytes { start: 0, len: 0 };
+    assert!(try_lock(file.as_fd(), Kind::Exclusive, all).unwrap());
+    flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
+    let ring = Ring::new(file.as_fd(), None, &GEOMETRY, None, 0).unwrap();
+    drop(file);
+    let other = image.open(true);
+    let shared = || flock(&other, FlockOperation::NonBlockingLockShared);
+    assert_eq!(shared().unwrap_err(), rustix::io::Errno::WOULDBLOCK);
+    assert!(!try_lock(other.as_fd(), Kind::Shared, all).unwrap());
+    drop(ring);
+    shared().unwrap();
+    assert!(try_lock(other.as_fd(), Kind::Shared, all).unwrap());
+}
+
 /// A loop device over the image that goes away when the last one closes it, also if we are killed.
 fn loop_device(image: &Image) -> Option<File> {
     if !rustix::process::geteuid().is_root() {
