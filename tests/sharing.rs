@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Read-only images on filesystems that share blocks, and on those that do not: what may happen behind a lease that readers
-//! do not break (ADR 0008).
+//! Read-only images on filesystems that share blocks, and on those that do not: what may happen
+//! behind a lease that readers do not break (ADR 0008).
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -82,8 +82,8 @@ fn a_deduplicated_read_only_image_shows_no_other_files_bytes() {
     twins.fs.check().unwrap();
 }
 
-/// Without shared blocks nothing that may be done to a file open for reading moves its blocks: instances share the lease, and
-/// deduplication is refused.
+/// Without shared blocks nothing that may be done to a file open for reading moves its blocks:
+/// instances share the lease, and deduplication is refused.
 #[test]
 fn read_only_instances_share_direct_mode_where_blocks_cannot_be_shared() {
     for kind in [Kind::Xfs, Kind::Ext4] {
@@ -105,7 +105,8 @@ fn read_only_instances_share_direct_mode_where_blocks_cannot_be_shared() {
     }
 }
 
-/// Two instances on a filesystem that shares blocks: each is in the other's way, and neither breaks the other's lease again and again.
+/// Two instances on a filesystem that shares blocks: each is in the other's way, and neither breaks
+/// the other's lease again and again.
 #[test]
 fn read_only_instances_where_blocks_can_be_shared_stay_in_filesystem_mode() {
     let Some(rig) = Rig::enter() else { return };
@@ -144,8 +145,8 @@ fn read_only_instances_where_blocks_can_be_shared_stay_in_filesystem_mode() {
     twins.fs.check().unwrap();
 }
 
-/// A descriptor from before, by which blocks can be moved: one that reads refuses the lease, and one for ioctls only, which no lease
-/// counts, is found otherwise.
+/// A descriptor from before, by which blocks can be moved: one that reads refuses the lease, and
+/// one for ioctls only, which no lease counts, is found otherwise.
 #[test]
 fn direct_mode_waits_for_openers_that_could_deduplicate() {
     let ways = [

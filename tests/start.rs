@@ -119,9 +119,9 @@ fn a_writable_block_device_has_one_daemon() {
     drop(first);
 }
 
-/// Whom a start waits for is said at once, for a device as for a file; the kernel itself names nobody for such locks.
+/// A start that waits names the process it waits for, for a device as for a file; the kernel itself names none for such locks.
 #[test]
-fn who_holds_an_image_is_said_at_once() {
+fn the_holder_of_a_lock_is_named_at_once() {
     let Some(rig) = Rig::enter() else { return };
     let disk = LoopDisk::attach(8 * MIB, 512, &Backing::Memory).unwrap();
     let file = rig.path().join("image");

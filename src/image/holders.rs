@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Whose locks keep us waiting, as far as `/proc` tells.
+//! Finds the processes whose locks keep us waiting, as far as `/proc` shows them.
 //!
-//! The kernel names no process for byte locks of a description (F_OFD_GETLK and `/proc/locks` say -1): those are looked for among
-//! the open files of all processes.
+//! The kernel names no process for byte locks of a description (F_OFD_GETLK and `/proc/locks` say
+//! -1): those are looked for among the open files of all processes.
 
 use std::fmt;
 use std::fs;
@@ -11,7 +11,7 @@ use std::path::Path;
 
 use rustix::fs::{major, minor};
 
-/// A process in our way.
+/// A process that holds a lock we want.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Holder {
     /// Its number in our namespace.

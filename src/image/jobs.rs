@@ -13,6 +13,7 @@ use rustix::fs::{FallocateFlags, fallocate, fstat, fsync};
 use super::extents::with_holes;
 use super::{Identity, Image, eligible, open, openers};
 use crate::engine::extent::{Extent, ExtentMap, State};
+use crate::engine::keeper::Start;
 use crate::engine::message::{Job, JobDone, MapAnswer, Proof, Refusal};
 use crate::engine::units::{DeviceOffset, FileRange};
 use crate::sys::{fiemap, lease, page_cache};
@@ -72,8 +73,10 @@ impl Image {
             return Ok(MapAnswer { covered: range, extents: vec![extent], proof: Proof::None });
         }
         self.empty_cache(range)?;
-        // A map of a file that has become another kind of file is none: what is asked for goes through the file.
-        eligible::check_inode(self.file.as_fd()).map_err(io::Error::other)?;
+        if self.start == Start::Eligible {
+            // What has become another kind of file has no map to go by: requests go through it.
+            eligible::check_inode(self.file.as_fd()).map_err(io::Error::other)?;
+        }
         let (mut extents, covered) = self.fiemap(range, max_extents)?;
         let proof = self.prove_answer(&extents)?;
         // R10a: pages that are there now would one day be read, or written, in place of the disk's.

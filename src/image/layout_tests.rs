@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The ways to change a file's layout that can be tried here (ADR 0008): which lease each breaks, and whether the file's bytes lie
-//! elsewhere afterwards. A way that moves them without a break is a hole in R1.
+//! The ways to change a file's layout that can be tried here (ADR 0008): which lease each breaks,
+//! and whether the file's bytes lie elsewhere afterwards. A way that moves them without a break is
+//! a hole in R1.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -27,19 +28,24 @@ enum Breaks {
     Both,
 }
 
-/// A way: what it is called, the access mode it opens the file with, what it does then (in Perl: `$f` is the file, `$t` another one
-/// of the same bytes that is open for reading and writing, `$r` one open for reading), what it breaks, whether bytes move.
+/// A way: what it is called, the access mode it opens the file with, what it does then (in Perl:
+/// `$f` is the file, `$t` another one of the same bytes that is open for reading and writing, `$r`
+/// one open for reading), what it breaks, whether bytes move.
 type Way = (&'static str, u32, &'static str, Breaks, bool);
 
-const DEDUPE: &str = "my $b = pack('QQSSLqQQlL', 0, 262144, 1, 0, 0, fileno($f), 0, 0, 0, 0); ioctl($r, 0xC0189436, $b)";
-const DEDUPE_FROM: &str = "my $b = pack('QQSSLqQQlL', 0, 262144, 1, 0, 0, fileno($t), 0, 0, 0, 0); ioctl($f, 0xC0189436, $b)";
+const DEDUPE: &str = "my $b = pack('QQSSLqQQlL', 0, 262144, 1, 0, 0, fileno($f), 0, 0, 0, 0); \
+    ioctl($r, 0xC0189436, $b)";
+const DEDUPE_FROM: &str = "my $b = pack('QQSSLqQQlL', 0, 262144, 1, 0, 0, fileno($t), 0, 0, 0, 0); \
+    ioctl($f, 0xC0189436, $b)";
 const CLONE: &str = "ioctl($f, 0x40049409, fileno($r))";
 const CLONE_FROM: &str = "ioctl($t, 0x40049409, fileno($f))";
+/// fallocate(2) has this number on x86-64.
 const PUNCH: &str = "syscall(285, fileno($f), 3, 0, 65536)";
 const MOVE: &str = "my $b = pack('LLQQQQ', 0, fileno($t), 0, 0, 16, 0); ioctl($f, 0xC028660F, $b)";
 const EXCHANGE: &str =
     "my $b = pack('llQQQQ', fileno($t), 0, 0, 0, 65536, 0); ioctl($f, 0x40285881, $b)";
-const IMMUTABLE: &str = "my $b = pack('Q', 0); ioctl($f, 0x80086601, $b); $b = pack('Q', unpack('L', $b) | 16); ioctl($f, 0x40086602, $b)";
+const IMMUTABLE: &str = "my $b = pack('Q', 0); ioctl($f, 0x80086601, $b); \
+    $b = pack('Q', unpack('L', $b) | 16); ioctl($f, 0x40086602, $b)";
 
 const R: u32 = 0;
 const RW: u32 = 2;
@@ -85,7 +91,8 @@ fn places(image: &Image) -> Vec<(FileRange, u64)> {
     extents.iter().map(|extent| (extent.range, extent.device.0)).collect()
 }
 
-/// Perl that opens `$f`, `$t` and `$r`, says so, waits for a line if there is one to come, and does what it is told.
+/// Perl that opens `$f`, `$t` and `$r`, says so, waits for a line if there is one to come, and does
+/// what it is told.
 fn outsider(image: &Path, mode: u32, act: &str, waits: bool) -> std::process::Child {
     let open = if mode == u32::MAX {
         String::new()
@@ -169,7 +176,8 @@ device_test!(what_each_way_does_on_ext4, {
     each_way(&disk, EXT4);
 });
 
-// A descriptor that no lease counts can do one thing that moves blocks, and only where files share them; there it is found.
+// A descriptor that no lease counts can do one thing that moves blocks, and only where files share
+// them; there it is found.
 device_test!(what_an_uncounted_descriptor_does, {
     for (disk, shares) in [(Disk::xfs(), true), (Disk::ext4(), false)] {
         let signals = block_lease_signals().unwrap();
@@ -192,7 +200,8 @@ device_test!(what_an_uncounted_descriptor_does, {
     }
 });
 
-// Flags that can be set without an open, or by one that is not counted: what has become another kind of file is not mapped.
+// Flags that can be set without an open, or by one that is not counted: what has become another
+// kind of file is not mapped.
 device_test!(a_file_whose_flags_change_is_mapped_no_more, {
     for disk in [Disk::ext4(), Disk::xfs()] {
         let image = open(&disk.file("image", BLOCKS));
@@ -203,7 +212,16 @@ device_test!(a_file_whose_flags_change_is_mapped_no_more, {
         ioctl_setflags(image.image_fd(), flags | IFlags::IMMUTABLE).unwrap();
         let map = Job::Map { range: blocks(0, 2), max_extents: 8 };
         assert_eq!(image.run(&map), JobDone::Map(Err(libc::EIO)));
-        ioctl_setflags(image.image_fd(), flags).unwrap();
+        // One that was never to be served raw is shown all the same, to `extentctl map` for one.
+        let reader = Options { read_only: true, ..options(image.path()) };
+        drop(image);
+        let shown = try_open(&reader).unwrap();
+        assert_eq!(shown.start(), Start::Filesystem);
+        assert_eq!(picture(&shown, blocks(0, 2)), "mm");
+        drop(shown);
+        sh(&format!("chattr -i {}", reader.path.display()));
+        let image = open(&reader.path);
+        assert_eq!(image.run(&Job::Enter), JobDone::Enter(Ok(())));
         assert_eq!(picture(&image, blocks(0, 2)), "mm");
         assert!(image.has_lease());
     }

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The locks by which virtual machine monitors keep out of each other's images, and which fence a restarted extentd off from the
-//! last writes of a killed one (R1a). All of them belong to the image's one description, and live as long as that.
+//! The locks by which virtual machine monitors keep out of each other's images, and which fence a
+//! restarted extentd off from the last writes of a killed one (R1a). All of them belong to the
+//! image's one description, and live as long as that.
 //!
-//! * QEMU takes shared byte locks only, on 100 + *p* for each permission *p* that it uses and on 200 + *p* for each that it grants to
-//!   nobody else, and then tests whether somebody holds the opposite one. We do the same, so that its error is the one that its
-//!   users know: `Failed to get "write" lock`, `Is another process using the image`.
-//! * cloud-hypervisor locks all bytes, or those of the file's length: exclusively to write, shared to read. Bytes that mean nothing
-//!   to QEMU, locked in the same way, keep it out, and keep instances of extentd apart.
+//! * QEMU takes shared byte locks only, on 100 + *p* for each permission *p* that it uses and on
+//!   200 + *p* for each that it grants to nobody else, and then tests whether somebody holds the
+//!   opposite one. We do the same, so that its error is the one that its users know: `Failed to get
+//!   "write" lock`, `Is another process using the image`.
+//! * cloud-hypervisor locks all bytes, or those of the file's length: exclusively to write, shared
+//!   to read. Bytes that mean nothing to QEMU, locked in the same way, keep it out, and keep
+//!   instances of extentd apart.
 //! * crosvm, and tools that use flock(1), take a flock(2): exclusively to write, shared to read.
 
 use std::fs;
@@ -23,15 +26,15 @@ const fn byte(start: u32) -> Bytes {
     Bytes { start, len: 1 }
 }
 
-/// Below what means anything to QEMU.
+/// These bytes lie below those that mean anything to QEMU.
 const OURS: Bytes = Bytes { start: 0, len: 100 };
-/// Beyond that.
+/// And these lie above them.
 const BEYOND: Bytes = Bytes { start: 204, len: 0 };
-/// QEMU: reads consistently, writes, resizes.
+/// QEMU locks these when it reads consistently, writes, resizes.
 const READS: Bytes = byte(100);
 const WRITES: Bytes = byte(101);
 const RESIZES: Bytes = byte(103);
-/// QEMU: grants nobody to read consistently, to write, to resize.
+/// QEMU locks these when nobody else may read consistently, write, resize.
 const NO_READS: Bytes = byte(200);
 const NO_WRITES: Bytes = byte(201);
 const NO_RESIZES: Bytes = byte(203);
@@ -42,7 +45,8 @@ struct Rules {
     takes: &'static [(Kind, Bytes)],
     alone: &'static [Bytes],
     flock: FlockOperation,
-    /// Also in `alone`, one that is shared and begins below QEMU's bytes is welcome: a cloud-hypervisor that reads.
+    /// Also in `alone`, one that is shared and begins below QEMU's bytes is welcome: a
+    /// cloud-hypervisor that reads.
     readers_welcome: bool,
 }
 
@@ -101,7 +105,8 @@ impl Rules {
     }
 }
 
-/// Takes the locks for writing or for reading only; `false` if somebody else's stand in the way, and then none is held.
+/// Takes the locks for writing or for reading only; `false` if somebody else's stand in the way,
+/// and then none is held.
 ///
 /// # Errors
 /// fcntl's or flock's; see [`unsupported`].
@@ -152,8 +157,8 @@ pub(super) fn forbids(lock: &Listed, read_only: bool) -> bool {
     rules(read_only).forbid(lock)
 }
 
-/// Whether the list of all locks shows that [`try_take`] cannot succeed. Looked at before the image is opened: an open would break
-/// the lease of the very process that serves it.
+/// Whether the list of all locks shows that [`try_take`] cannot succeed. Looked at before the image
+/// is opened: an open would break the lease of the very process that serves it.
 pub(super) fn seen_locked(dev: u64, ino: u64, read_only: bool) -> bool {
     let text = fs::read_to_string("/proc/locks").unwrap_or_default();
     super::holders::listed(&text, dev, ino).any(|lock| forbids(&lock, read_only))

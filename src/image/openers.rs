@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Descriptors that a lease does not count: the access mode 3 of open(2), "for ioctls only", makes its holder neither a reader nor a
-//! writer, so that a lease is granted beside it, and FIDEDUPERANGE is content with it (ADR 0008).
+//! Finds descriptors that a lease does not count: the access mode 3 of open(2), "for ioctls only",
+//! makes its holder neither a reader nor a writer, so that a lease is granted beside it, and
+//! FIDEDUPERANGE is content with it (ADR 0008).
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -8,8 +9,9 @@ use std::os::unix::fs::MetadataExt;
 /// The access mode's bits among the flags of an open file, all set: neither reads nor writes.
 const NEITHER: u32 = 3;
 
-/// A process, not this one, that has the file open without being counted, as far as `/proc` shows them: descriptors that are on
-/// their way through a socket, or in another pid namespace's processes, cannot be seen.
+/// A process, not this one, that has the file open without being counted, as far as `/proc` shows
+/// them: descriptors that are on their way through a socket, or in another pid namespace's
+/// processes, cannot be seen.
 pub(super) fn uncounted(dev: u64, ino: u64) -> Option<u32> {
     let own = std::process::id();
     let processes = fs::read_dir("/proc").ok()?.flatten();
@@ -27,7 +29,8 @@ pub(super) fn uncounted(dev: u64, ino: u64) -> Option<u32> {
     })
 }
 
-/// From `flags:\t0100003`, in octal, of a file in `/proc/PID/fdinfo`. A descriptor that only names a file (O_PATH) says 0.
+/// From `flags:\t0100003`, in octal, of a file in `/proc/PID/fdinfo`. A descriptor that only names
+/// a file (O_PATH) says 0.
 fn access_mode(info: &str) -> Option<u32> {
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
     Some(u32::from_str_radix(flags.trim(), 8).ok()? & NEITHER)

@@ -25,7 +25,8 @@ struct Geometry {
     rest: [u32; 4],
 }
 
-/// Whether the filesystem of this file can have files share blocks. It is decided by mkfs, and not changed while it is mounted.
+/// Whether the filesystem of this file can have files share blocks. It is decided by mkfs, and not
+/// changed while it is mounted.
 ///
 /// # Errors
 /// The kernel's: ENOTTY if it is no XFS.
@@ -33,7 +34,8 @@ pub fn shares_blocks(fd: BorrowedFd<'_>) -> io::Result<bool> {
     let mut geometry = Geometry::default();
     let pointer: *mut Geometry = &raw mut geometry;
     let request = opcode::read::<Geometry>(b'X', 124);
-    // SAFETY: XFS_IOC_FSGEOMETRY_V4 writes one `struct xfs_fsop_geom_v4` to `pointer`, the local above.
+    // SAFETY: XFS_IOC_FSGEOMETRY_V4 writes one `struct xfs_fsop_geom_v4` to `pointer`, the local
+    // above.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), request as _, pointer) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(geometry.flags & REFLINK != 0) }
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A golden image beside the one that is written: read-only, served in direct mode by two instances that share its lease or, where the
-//! filesystem shares blocks, by one that owns it. Others on the host open it, copy it and have its blocks moved; what its guests read
-//! stays what was written once (ADR 0008).
+//! A golden image beside the one that is written: read-only, served in direct mode by two instances
+//! that share its lease or, where the filesystem shares blocks, by one that owns it. Others on the
+//! host open it, copy it and have its blocks moved; what its guests read stays what was written
+//! once (ADR 0008).
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -58,7 +59,8 @@ impl Golden {
         Ok(golden)
     }
 
-    /// The first time and now and then, something happens to it, and all its guests read it before and after. Has it served, if it is not.
+    /// The first time and now and then, something happens to it, and all its guests read it before
+    /// and after. Has it served, if it is not.
     pub(super) fn visit(
         &mut self,
         host: &Host,
@@ -88,7 +90,8 @@ impl Golden {
         Ok(Tally { golden: before.golden + after.golden, lost: before.lost + after.lost, ..before })
     }
 
-    /// What each guest reads against what was written; in direct mode, to which whatever happened lets it come back.
+    /// What each guest reads against what was written; in direct mode, to which whatever happened
+    /// lets it come back.
     fn check(&mut self) -> io::Result<Tally> {
         let mut tally = Tally::default();
         for reader in &mut self.readers {
@@ -111,8 +114,8 @@ impl Golden {
         std::fs::remove_file(copy)
     }
 
-    /// Another file of the same bytes, with which the image comes to share its blocks: its own are freed, and when the other has gone it
-    /// is where that was.
+    /// Another file of the same bytes, with which the image comes to share its blocks: its own are
+    /// freed, and when the other has gone it is where that was.
     fn share(&self) -> io::Result<()> {
         std::fs::write(&self.twin, &self.bytes)?;
         match dedupe(&self.image, &self.twin, SIZE as u64) {
@@ -140,8 +143,8 @@ impl Golden {
     }
 }
 
-/// Others take what has been freed: files as large as the image, since the filesystem looks for room of just that size, and after a commit,
-/// before which freed blocks are nobody's.
+/// Others take what has been freed: files as large as the image, since the filesystem looks for
+/// room of just that size, and after a commit, before which freed blocks are nobody's.
 fn take_freed(host: &Host) -> io::Result<Vec<PathBuf>> {
     const TAKERS: usize = 8;
     host.sync()?;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a process on the host does to have an image's blocks shared and freed without opening the image for writing.
+//! What a process on the host does to have an image's blocks shared and freed without opening the
+//! image for writing.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -11,17 +12,24 @@ use super::wait::{PATIENCE, until};
 /// How the image is opened to be deduplicated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// O_RDONLY: FIDEDUPERANGE takes that from root, the owner, and everybody who may write the file.
+    /// O_RDONLY: FIDEDUPERANGE takes that from root, the owner, and everybody who may write the
+    /// file.
     ReadOnly,
-    /// The access mode 3 of open(2), for ioctls only: neither a reader nor a writer to the kernel's counts.
+    /// The access mode 3 of open(2), for ioctls only: neither a reader nor a writer to the kernel's
+    /// counts.
     Neither,
 }
 
-/// FIDEDUPERANGE of the first `$n` bytes of `$ARGV[0]`, opened with the access mode `$ARGV[1]`, with those of `$ARGV[2]`.
+/// FIDEDUPERANGE of the first `$n` bytes of `$ARGV[0]`, opened with the access mode `$ARGV[1]`,
+/// with those of `$ARGV[2]`.
 const DEDUPE: &str = r#"
 my ($image, $mode, $twin, $n, $open, $go) = @ARGV;
 sysopen(my $d, $image, $mode) or die "open: $!";
-if ($open) { open(my $o, ">", $open) or die; close $o; select undef, undef, undef, 0.01 until -e $go }
+if ($open) {
+    open(my $o, ">", $open) or die;
+    close $o;
+    select undef, undef, undef, 0.01 until -e $go;
+}
 sysopen(my $s, $twin, 0) or die "open: $!";
 for (my $at = 0; $at < $n; $at += 1 << 20) {
     my $piece = $n - $at < 1 << 20 ? $n - $at : 1 << 20;
@@ -32,8 +40,8 @@ for (my $at = 0; $at < $n; $at += 1 << 20) {
 }
 "#;
 
-/// Has the filesystem share the first `bytes` of `twin` with `image`, which frees the blocks they had in `image`. Opens `image` without
-/// the right to write.
+/// Has the filesystem share the first `bytes` of `twin` with `image`, which frees the blocks they
+/// had in `image`. Opens `image` without the right to write.
 pub fn dedupe(image: &Path, twin: &Path, bytes: u64) -> io::Result<()> {
     let bytes = bytes.to_string();
     let args = ["-e", DEDUPE, "--"].map(std::ffi::OsStr::new);
@@ -41,7 +49,8 @@ pub fn dedupe(image: &Path, twin: &Path, bytes: u64) -> io::Result<()> {
     run("perl", &[&args[..], &rest[..]].concat()).map(drop)
 }
 
-/// A process that opened the image and deduplicates it when it is told to; it ends when it has done so.
+/// A process that opened the image and deduplicates it when it is told to; it ends when it has done
+/// so.
 #[derive(Debug)]
 pub struct Waiting {
     child: std::process::Child,
@@ -88,10 +97,12 @@ impl Drop for Waiting {
     }
 }
 
-/// Fills all the space there is in `dir` with a file of `block`s; what was freed in a transaction that is not committed too.
+/// Fills all the space there is in `dir` with a file of `block`s; what was freed in a transaction
+/// that is not committed too.
 pub fn fill_with(dir: &Path, block: &[u8]) -> io::Result<PathBuf> {
     run("sync", &["-f".as_ref(), dir.as_os_str()])?;
-    // XFS keeps more back from files than it needs, and that might be just the blocks that matter. Other filesystems do not know the command.
+    // XFS keeps more back from files than it needs, and that might be just the blocks that matter.
+    // Other filesystems do not know the command.
     let _ = run("xfs_io", &["-x".as_ref(), "-c".as_ref(), "resblks 128".as_ref(), dir.as_os_str()]);
     let path = dir.join("secret");
     let mut file = File::create(&path)?;
