@@ -115,7 +115,7 @@ pub fn status(status: &Status) -> String {
         ("reason", status.reason.clone()),
         ("lease", status.lease.clone()),
         ("lease breaks", status.lease_breaks.to_string()),
-        ("forced lease breaks", status.forced_breaks.to_string()),
+        ("forced breaks", status.forced_breaks.to_string()),
         ("image", status.image.clone()),
         ("unlinked", yes(status.unlinked)),
         ("device", or_none(status.device.as_ref())),
