@@ -63,6 +63,8 @@ fn a_file_whose_server_hangs_holds_nobody_up() {
         bed.model.check(0, &client.read_at(0, 65536).unwrap()).unwrap();
     }
     // All it was asked is to flush, by threads that hold nothing else.
+    let asked = || (hung.asked() >= REQUESTS.len() as u64).then_some(());
+    until("the flushes", PATIENCE, asked).unwrap();
     assert_eq!(hung.asked(), REQUESTS.len() as u64);
     // More than there may be of those: descriptors are no longer looked at, until the filesystem has ended.
     let busy = || bed.daemon.log().contains("still being closed");

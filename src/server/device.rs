@@ -12,6 +12,7 @@ use crate::image::{Image, ModeChoice, Options};
 use crate::inbox::Poster;
 use crate::virtio::cache_mode::CacheMode;
 use crate::virtio::features::Topology;
+use crate::virtio::limits::MemoryLimits;
 use crate::virtio::session::{DeviceConfig, Files};
 
 impl Files for Image {
@@ -45,10 +46,10 @@ pub(super) fn image_options(config: &Config) -> Options {
 /// What every session of this daemon is made of.
 pub(super) fn describe(
     config: &Config,
+    devices: usize,
     rules: Rules,
     image: &Arc<Image>,
-    shared: Arc<Shared>,
-    inbox: Poster,
+    (shared, inbox): (Arc<Shared>, Poster),
 ) -> DeviceConfig {
     let topology = image.topology();
     DeviceConfig {
@@ -73,6 +74,7 @@ pub(super) fn describe(
         polling: config.polling,
         pin_memory: config.pin_memory,
         cache: CacheMode::new(config.write_back),
+        memory_limits: MemoryLimits::share(devices, config.num_queues, config.threads),
         inspections: Arc::default(),
         inbox,
     }

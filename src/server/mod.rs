@@ -197,8 +197,9 @@ impl<'a> Server<'a> {
         // Before the keeper takes the lease: the process has to know whose breaks are whose.
         link.tell(News::Open(image.image_fd().as_raw_fd(), watch.id()));
         let shared = Arc::new(Shared::new());
-        let device =
-            Arc::new(device::describe(config, rules, &image, Arc::clone(&shared), poster.clone()));
+        let inbox_of = (Arc::clone(&shared), poster.clone());
+        let device = device::describe(config, link.devices, rules, &image, inbox_of);
+        let device = Arc::new(device);
         let owner = Owner::new(&image, rules, shared, config, poster, started)
             .map_err(failed("start a thread"))?;
         let poll = Poll::new().map_err(failed("make an epoll set"))?;

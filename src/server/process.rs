@@ -55,6 +55,8 @@ pub(super) enum News {
 #[derive(Debug)]
 pub(super) struct Link {
     index: usize,
+    /// How many devices the process has.
+    pub(super) devices: usize,
     news: Poster<(usize, News)>,
     /// Which device has which image.
     claims: Arc<Mutex<BTreeMap<FileKey, usize>>>,
@@ -138,9 +140,7 @@ impl Process {
         // A descriptor's number is only known to be the inherited one before others are opened.
         let inherited = settings.devices.iter().map(inherited).collect::<Result<Vec<_>, _>>()?;
         let several = inherited.len() > 1;
-        if several {
-            raise_descriptors();
-        }
+        raise_descriptors();
         let watches = Arc::new(Watches::new().map_err(failed("watch the image"))?);
         let (news, poster) = inbox().map_err(failed("make an event descriptor"))?;
         let poll = Poll::new().map_err(failed("make an epoll set"))?;
@@ -155,6 +155,7 @@ impl Process {
         for (((index, config), inherited), progress) in configs.zip(inherited).zip(progress) {
             let link = Link {
                 index,
+                devices: settings.devices.len(),
                 news: poster.clone(),
                 claims: Arc::clone(&claims),
                 watches: Arc::clone(&watches),

@@ -22,6 +22,9 @@ pub type Memory = GuestMemoryMmap<()>;
 /// for them with allocations; it does not make us hold the memory for ever.
 const KEEP_PIECES: usize = 256;
 
+/// Pieces that the tables of all requests that are done keep room for together.
+const KEEP_ALL: usize = 1 << 15;
+
 /// The most requests one table serves: 64 queues of the largest size extentd allows and more.
 const MAX_REQUESTS: usize = 1 << 17;
 
@@ -126,12 +129,6 @@ struct Request {
 }
 
 impl Request {
-    fn reset(&mut self) {
-        self.pieces.clear();
-        self.pieces.shrink_to(KEEP_PIECES);
-        self.len = 0;
-    }
-
     /// Appends, joining what is contiguous in this process to one piece.
     fn push(&mut self, span: Span) {
         if span.len == 0 {
@@ -179,6 +176,10 @@ pub struct GuestBuffers {
     memory: Option<Arc<Memory>>,
     /// How many tags are set.
     set: usize,
+    /// How many pieces they have together.
+    pieces: usize,
+    /// How many pieces the tags that are not set have room for.
+    kept: usize,
 }
 
 impl GuestBuffers {
@@ -187,7 +188,7 @@ impl GuestBuffers {
     #[must_use]
     pub fn new(max_requests: u32) -> Self {
         let requests = (0..max_requests).map(|_| Request::default()).collect();
-        Self { requests, memory: None, set: 0 }
+        Self { requests, memory: None, set: 0, pieces: 0, kept: 0 }
     }
 
     /// Says that request `tag`'s data are these `(address, bytes)` pieces of `memory`, in order,
@@ -216,6 +217,7 @@ impl GuestBuffers {
         let Some(request) = self.request_mut(tag) else {
             return Err(BadAddress::NoSuchTag { tag: tag.0 });
         };
+        let room = request.pieces.capacity();
         for &(addr, len) in pieces {
             let outside = BadAddress::Outside { addr: addr.0, len };
             let bytes = usize::try_from(len).map_err(|_| outside)?;
@@ -227,7 +229,8 @@ impl GuestBuffers {
             // A descriptor may run on from one region into the next one.
             for slice in memory.get_slices(addr, bytes) {
                 let Ok(slice) = slice else {
-                    request.reset();
+                    self.kept -= room;
+                    self.empty(tag);
                     return Err(outside);
                 };
                 let base = slice.ptr_guard_mut().as_ptr();
@@ -238,9 +241,18 @@ impl GuestBuffers {
         let mask = usize::try_from(mem_align).map_or(usize::MAX, |align| align.saturating_sub(1));
         let fit = |piece: &Piece| (piece.span.base.addr() | piece.span.len) & mask == 0;
         let fit = request.pieces.iter().all(fit);
+        let pieces = request.pieces.len();
+        self.kept -= room;
+        self.pieces += pieces;
         self.set += 1;
         self.memory.get_or_insert_with(|| Arc::clone(memory));
         Ok(fit)
+    }
+
+    /// How many pieces of memory the requests have their data in.
+    #[must_use]
+    pub const fn pieces(&self) -> usize {
+        self.pieces
     }
 
     /// Whether no tag is set.
@@ -259,12 +271,29 @@ impl GuestBuffers {
         if request.in_flight > 0 {
             return;
         }
-        request.reset();
         if std::mem::take(&mut request.set) {
+            let pieces = request.pieces.len();
+            self.empty(tag);
+            self.pieces -= pieces;
             self.set -= 1;
             if self.set == 0 {
                 self.memory = None;
             }
+        }
+    }
+
+    /// Forgets the pieces of a request that is not set. Room for them is kept within bounds, so that long lists cost
+    /// memory only while there are some.
+    fn empty(&mut self, tag: Tag) {
+        let kept = self.kept;
+        let Some(request) = self.request_mut(tag) else { return };
+        request.pieces.clear();
+        request.len = 0;
+        let room = request.pieces.capacity();
+        if room > KEEP_PIECES || kept + room > KEEP_ALL {
+            request.pieces = Vec::new();
+        } else {
+            self.kept += room;
         }
     }
 

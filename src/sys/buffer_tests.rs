@@ -224,3 +224,25 @@ fn a_pool_that_cannot_be_is_refused() {
     assert!(BouncePool::new(0, PAGE).is_err());
     assert!(BouncePool::new(u32::MAX, u32::MAX).is_err());
 }
+
+/// Long lists cost memory while their requests are there, and little of it afterwards.
+#[test]
+fn long_lists_leave_little_behind() {
+    const REQUESTS: u32 = 4096;
+    let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+    let pieces: Vec<_> = (0..200).map(|n| (GuestAddress(n * 1024), 512)).collect();
+    let mut guests = GuestBuffers::new(0);
+    for _ in 0..2 {
+        for tag in (0..REQUESTS).map(Tag) {
+            guests.set(tag, &memory, &pieces, 1).unwrap();
+        }
+        assert_eq!(guests.pieces(), 200 * REQUESTS as usize);
+        let outside = [(GuestAddress(0), 8), (GuestAddress(1 << 30), 8)];
+        guests.clear(Tag(0));
+        guests.set(Tag(0), &memory, &outside, 1).unwrap_err();
+        (1..REQUESTS).for_each(|tag| guests.clear(Tag(tag)));
+        assert!(guests.pieces() == 0 && guests.is_idle());
+        let room: usize = guests.requests.iter().map(|request| request.pieces.capacity()).sum();
+        assert!(room == guests.kept && room <= KEEP_ALL, "{room}");
+    }
+}

@@ -160,7 +160,9 @@ fn peek(socket: &OwnedFd, bytes: usize) -> io::Result<(Vec<OwnedFd>, bool)> {
             fds.extend(rights);
         }
     }
-    Ok((fds, !got.flags.contains(ReturnFlags::CTRUNC)))
+    // There may be room for one or two more than were asked for.
+    let whole = !got.flags.contains(ReturnFlags::CTRUNC) && fds.len() <= MOST_WITH_A_MESSAGE;
+    Ok((fds, whole))
 }
 
 /// What `fd` is. Nothing here calls an operation of its file before that is known to be harmless: seals are asked of

@@ -42,7 +42,7 @@ pub use watch::Hear;
 use watch::Watch;
 
 /// iovecs an operation keeps room for when it is done.
-const KEEP_IOVECS: usize = 256;
+const KEEP_IOVECS: usize = 128;
 
 /// One io_uring, for one thread: [`Io`] for the worker that runs there.
 ///

@@ -24,6 +24,7 @@ use super::Memory;
 use super::cache_mode::{Changed, SessionMode};
 use super::disk::RingDisk;
 use super::features;
+use super::limits::MemoryLimits;
 use super::mailbox::{Mailbox, Slot};
 use super::queue::{AtomicMemory, Queue, QueueCounters, Vring};
 use super::session::DeviceConfig;
@@ -149,6 +150,11 @@ impl Backend {
         &self.id
     }
 
+    /// What the guest's memory may take.
+    pub(crate) fn memory_limits(&self) -> MemoryLimits {
+        self.config.memory_limits
+    }
+
     /// What looks at the descriptors of the device's frontends.
     pub(crate) fn inspections(&self) -> Arc<Inspections> {
         Arc::clone(&self.config.inspections)
@@ -241,7 +247,7 @@ impl Backend {
             counters: Arc::clone(&thread.counters),
             max_requests,
             memory: Arc::new(Memory::new()),
-            disk: RingDisk::new(ring, config.geometry.mem_align, config.pin_memory),
+            disk: RingDisk::new(ring, config, step),
             polling: config.polling,
         })
     }

@@ -7,10 +7,16 @@ use std::sync::Arc;
 
 use super::Memory;
 use super::chain::Piece;
+use super::session::DeviceConfig;
 use super::worker::Disk;
 use crate::engine::{Completion, Io, Op, OpId, Tag};
 use crate::sys::buffer::BadAddress;
 use crate::sys::uring::{Hear, Ring, Sleep};
+
+/// Pieces of guest memory that a session's requests may be in: 6 MiB of lists, for what would be 1 GiB of whole pages.
+const SESSION_PIECES: usize = 1 << 18;
+/// The least of one thread: several of the longest chains.
+const LEAST_PIECES: usize = 1 << 13;
 
 /// A ring, and the alignment its image needs of guest memory.
 #[derive(Debug)]
@@ -19,11 +25,19 @@ pub(crate) struct RingDisk {
     pub(crate) mem_align: u32,
     /// `--pin-memory`.
     pin: bool,
+    /// Pieces of guest memory that requests may be in before no more are taken.
+    pieces: usize,
 }
 
 impl RingDisk {
-    pub(crate) fn new(ring: Ring, mem_align: u32, pin: bool) -> Self {
-        Self { ring, mem_align, pin }
+    /// The disk of one of a session's `threads` threads.
+    pub(crate) fn new(ring: Ring, config: &DeviceConfig, threads: usize) -> Self {
+        Self {
+            ring,
+            mem_align: config.geometry.mem_align,
+            pin: config.pin_memory,
+            pieces: (SESSION_PIECES / threads.max(1)).max(LEAST_PIECES),
+        }
     }
 }
 
@@ -89,6 +103,10 @@ impl Disk for RingDisk {
                 None
             }
         }
+    }
+
+    fn is_crowded(&mut self) -> bool {
+        self.ring.guests().pieces() >= self.pieces
     }
 
     fn adopt(&mut self, memory: &Arc<Memory>) {

@@ -19,8 +19,10 @@ mod disk;
 pub mod features;
 #[cfg(test)]
 mod frontends_tests;
+pub mod limits;
 mod mailbox;
 mod notify;
+mod overlap;
 mod queue;
 mod relay;
 mod requests;

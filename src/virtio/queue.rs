@@ -17,6 +17,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryAtomic, Le16, Le64};
 use super::Memory;
 use super::cells::{Cells, load};
 use super::notify::{Notifier, Signal};
+use super::overlap::Layout;
 use crate::engine::counters::Counter;
 
 /// The crate's view of guest memory.
@@ -71,6 +72,9 @@ pub(crate) enum Broken {
     /// More chains are said to be available than there are descriptors.
     #[error("the available index runs ahead of the ring")]
     Ahead,
+    /// What we write would be what we read.
+    #[error("descriptor table, available ring and used ring lie over each other")]
+    Overlap,
 }
 
 /// One queue of a worker.
@@ -98,6 +102,8 @@ pub(crate) struct Queue {
     put_off: u8,
     /// Something was published since [`outlasts_nap`](Self::outlasts_nap) was asked.
     fresh: bool,
+    /// Where its parts were found to lie apart.
+    apart: Option<Layout>,
     /// The last [`take`](Self::take) left chains that could have been taken.
     more: bool,
     /// Finished and not yet published: head index and bytes written.
@@ -138,6 +144,13 @@ impl Queue {
         let place = place(&state);
         if !state.get_queue().ready() || !state.is_enabled() {
             return Ok(place);
+        }
+        let layout = Layout::of(state.get_queue());
+        if self.apart != Some(layout) {
+            if layout.overlaps(memory) {
+                return Err(Broken::Overlap);
+            }
+            self.apart = Some(layout);
         }
         let queue = state.get_queue_mut();
         let available = queue.avail_idx(memory, Ordering::Acquire).map_err(|_| Broken::Outside)?;
@@ -230,9 +243,10 @@ impl Queue {
         more.map(|more| more && !full).map_err(|_| Broken::Outside)
     }
 
-    /// What was known of the ring's notification state no longer holds.
+    /// What was known of the ring's notification state and its place no longer holds.
     pub(crate) fn disarm(&mut self) {
         self.armed = false;
+        self.apart = None;
     }
 
     /// A chain is done: it goes back to the guest with the next [`publish`](Self::publish).

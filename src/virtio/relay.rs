@@ -18,6 +18,7 @@ use rustix::fs::{FileType, fstat};
 use rustix::io::Errno;
 use vhost::vhost_user::message::FrontendReq;
 
+use super::limits::{Account, OverLimit};
 use super::notify::Notifier;
 use super::wire::{Message, WireError};
 use crate::sys::fault::GuestRegions;
@@ -66,6 +67,9 @@ pub(crate) enum RelayError {
         /// The file's size.
         size: u64,
     },
+    /// More memory than one device's share.
+    #[error(transparent)]
+    OverLimit(#[from] OverLimit),
     /// Descriptors that nobody would close.
     #[error("message {request} came with {count} file descriptors; it has none")]
     UnwantedFds {
@@ -121,6 +125,8 @@ pub(crate) struct Relay {
     pub(crate) memory: Arc<GuestRegions>,
     /// Looks at the descriptors of the device's frontends.
     pub(crate) inspections: Arc<Inspections>,
+    /// What the guest's memory takes.
+    pub(crate) account: Account,
 }
 
 /// One direction.
@@ -144,7 +150,7 @@ impl Lane {
 
 impl Relay {
     /// Forwards until the frontend is gone, the session is to end, or somebody misbehaves.
-    pub(crate) fn run(self, hooks: &dyn Hooks) -> Result<(), RelayError> {
+    pub(crate) fn run(mut self, hooks: &dyn Hooks) -> Result<(), RelayError> {
         self.front.set_nonblocking(true)?;
         self.back.set_nonblocking(true)?;
         let (mut to_back, mut to_front) = (Lane::new(), Lane::new());
@@ -189,7 +195,7 @@ impl Relay {
     }
 
     fn pump_back(
-        &self,
+        &mut self,
         lane: &mut Lane,
         hooks: &dyn Hooks,
         last: &mut u32,
@@ -222,6 +228,9 @@ impl Relay {
             }
             lane.message.rewind();
             lane.sending = true;
+            if lane.message.request() == FrontendReq::GET_MAX_MEM_SLOTS as u32 {
+                lane.message.cap(self.account.most_regions());
+            }
         }
         lane.sending = !lane.message.send(&self.front).map_err(RelayError::Frontend)?;
         Ok(())
@@ -238,7 +247,7 @@ impl Relay {
     }
 
     /// What the crate has no hook for.
-    fn look_at(&self, message: &mut Message, hooks: &dyn Hooks) -> Result<(), RelayError> {
+    fn look_at(&mut self, message: &mut Message, hooks: &dyn Hooks) -> Result<(), RelayError> {
         let request = message.request();
         if request == FrontendReq::SET_VRING_KICK as u32 {
             keep_kick(message, hooks)
@@ -256,11 +265,14 @@ impl Relay {
                 hooks.set_base(queue, base);
             }
             Ok(())
-        } else if request == FrontendReq::SET_MEM_TABLE as u32
-            || request == FrontendReq::ADD_MEM_REG as u32
-        {
+        } else if request == FrontendReq::SET_MEM_TABLE as u32 {
+            self.account.replace(message)?;
+            check_memory(message)
+        } else if request == FrontendReq::ADD_MEM_REG as u32 {
+            self.account.add(message)?;
             check_memory(message)
         } else if request == FrontendReq::REM_MEM_REG as u32 {
+            self.account.remove(message);
             // Old frontends send one; it is to be closed without being used.
             message.fds.clear();
             Ok(())

@@ -12,6 +12,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::*;
+use crate::virtio::limits::MemoryLimits;
 
 #[derive(Debug, PartialEq, Eq)]
 enum Told {
@@ -61,6 +62,7 @@ struct Rig {
     back: UnixStream,
     exit: Arc<OwnedFd>,
     hooks: Arc<Recorder>,
+    memory: Arc<GuestRegions>,
     relay: JoinHandle<Result<(), RelayError>>,
 }
 
@@ -77,12 +79,13 @@ fn rig(hooks: Recorder) -> Rig {
         front: Arc::new(relay_front),
         back: relay_back,
         exit: Arc::clone(&exit),
-        memory,
+        memory: Arc::clone(&memory),
         inspections: Arc::default(),
+        account: Account::new(MemoryLimits { regions: 3, bytes: 1 << 20 }),
     };
     let told = Arc::clone(&hooks);
     let relay = std::thread::spawn(move || relay.run(&*told));
-    Rig { front, back, exit, hooks, relay }
+    Rig { front, back, exit, hooks, memory, relay }
 }
 
 impl Rig {
@@ -231,10 +234,73 @@ fn what_is_no_eventfd_ends_the_session() {
         [FrontendReq::SET_VRING_KICK, FrontendReq::SET_VRING_CALL, FrontendReq::SET_VRING_ERR]
     {
         let rig = rig(Recorder::default());
-        let (reader, _writer) = std::io::pipe().unwrap();
-        send(&rig.front, &message(request, &[0; 8]), &[&reader.into()]);
+        send(&rig.front, &message(request, &[0; 8]), &[&memfd(4096)]);
         assert!(matches!(rig.end(), RelayError::BadFd { queue: 0, .. }));
     }
+}
+
+#[test]
+fn a_descriptor_that_may_hold_somebody_up_ends_the_session_and_never_arrives() {
+    let rig = rig(Recorder::default());
+    let (reader, _writer) = std::io::pipe().unwrap();
+    send(&rig.front, &message(FrontendReq::SET_VRING_CALL, &[0; 8]), &[&reader.into()]);
+    let (end, hooks) = (rig.relay.join().unwrap().unwrap_err(), rig.hooks);
+    assert!(matches!(end, RelayError::Frontend(WireError::Foreign(_))), "{end}");
+    assert!(hooks.told.lock().unwrap().is_empty());
+}
+
+#[test]
+fn descriptors_with_a_message_that_has_none_end_the_session() {
+    let rig = rig(Recorder::default());
+    send(&rig.front, &message(FrontendReq::GET_FEATURES, &[]), &[&memfd(4096)]);
+    assert!(matches!(rig.end(), RelayError::UnwantedFds { request: 1, count: 1 }));
+}
+
+#[test]
+fn the_descriptor_of_a_removed_region_is_closed_here() {
+    let mut rig = rig(Recorder::default());
+    let remove = message(FrontendReq::REM_MEM_REG, &region(4096, 0));
+    send(&rig.front, &remove, &[&memfd(4096)]);
+    assert!(receive(&mut rig.back, remove.len()).1.is_empty());
+    rig.close().0.unwrap();
+}
+
+#[test]
+fn more_memory_than_the_limits_allow_ends_the_session() {
+    let add = message(FrontendReq::ADD_MEM_REG, &region(4096, 0));
+    let mut many = rig(Recorder::default());
+    for _ in 0..3 {
+        send(&many.front, &add, &[&memfd(4096)]);
+        receive(&mut many.back, add.len());
+    }
+    send(&many.front, &add, &[&memfd(4096)]);
+    assert!(matches!(many.end(), RelayError::OverLimit(OverLimit::Regions(3))));
+    let large = rig(Recorder::default());
+    let add = message(FrontendReq::ADD_MEM_REG, &region((1 << 20) + 4096, 0));
+    send(&large.front, &add, &[&memfd(2 << 20)]);
+    assert!(matches!(large.end(), RelayError::OverLimit(OverLimit::Bytes(_))));
+}
+
+#[test]
+fn the_frontend_is_told_of_no_more_regions_than_there_may_be() {
+    let mut rig = rig(Recorder::default());
+    let reply = message(FrontendReq::GET_MAX_MEM_SLOTS, &509_u64.to_ne_bytes());
+    rig.back.write_all(&reply).unwrap();
+    assert_eq!(receive(&mut rig.front, 20).0[12..], 3_u64.to_ne_bytes());
+    rig.close().0.unwrap();
+}
+
+#[test]
+fn memory_that_is_lost_ends_the_session() {
+    use vm_memory::{Bytes, FileOffset, GuestAddress};
+    let rig = rig(Recorder::default());
+    let file = memfd(4096);
+    let range = (GuestAddress(0), 4096, Some(FileOffset::new(file.try_clone().unwrap().into(), 0)));
+    let memory = crate::virtio::Memory::from_ranges_with_files([range]).unwrap();
+    rig.memory.add(&memory).unwrap();
+    ftruncate(&file, 0).unwrap();
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(0)).unwrap(), 0);
+    assert!(matches!(rig.end(), RelayError::MemoryLost));
 }
 
 #[test]

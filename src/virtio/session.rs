@@ -27,6 +27,7 @@ use super::Memory;
 use super::backend::{Backend, Seat, Thread};
 use super::cache_mode::CacheMode;
 use super::features::Topology;
+use super::limits::{Account, MemoryLimits};
 use super::mailbox::{Mailbox, mailbox};
 use super::queue::QueueCounters;
 use super::relay::Relay;
@@ -86,6 +87,8 @@ pub struct DeviceConfig {
     pub strict: bool,
     /// What its drivers were told of their write cache.
     pub cache: CacheMode,
+    /// What a frontend's memory may take.
+    pub memory_limits: MemoryLimits,
     /// Looks at the descriptors that frontends send.
     pub inspections: Arc<Inspections>,
     /// The main loop.
@@ -243,7 +246,8 @@ impl Session {
         let back = connect(daemon)?;
         let (exit, memory) = (Arc::clone(&self.exit), Arc::clone(self.backend.regions()));
         let (front, inspections) = (Arc::clone(&self.front), self.backend.inspections());
-        let relay = Relay { front, back, exit, memory, inspections };
+        let account = Account::new(self.backend.memory_limits());
+        let relay = Relay { front, back, exit, memory, inspections, account };
         let backend = Arc::clone(&self.backend);
         let run = move || {
             let _named = backend.span.enter();

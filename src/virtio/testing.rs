@@ -14,6 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::cache_mode::CacheMode;
 use super::features::Topology;
+use super::limits::MemoryLimits;
 use super::session::{DeviceConfig, Files, Session};
 use super::spin::Polling;
 use super::testing_guest::PATIENCE;
@@ -103,6 +104,7 @@ pub(crate) fn device(image: OwnedFd, num_queues: u16, threads: u16) -> (Arc<Devi
         polling: Polling::default(),
         pin_memory: false,
         cache: CacheMode::new(true),
+        memory_limits: MemoryLimits::share(1, num_queues, threads),
         inspections: Arc::default(),
         inbox: poster,
     };

@@ -88,6 +88,16 @@ impl Message {
         self.field(HEADER + at).filter(|_| inside).map(u64::from_ne_bytes)
     }
 
+    /// Lowers a payload that is one number to `most`.
+    pub(crate) fn cap(&mut self, most: u64) {
+        if self.payload_len() == 8
+            && let Some(number) = self.payload_u64(0)
+            && let Some(place) = self.bytes.get_mut(HEADER..HEADER + 8)
+        {
+            place.copy_from_slice(&number.min(most).to_ne_bytes());
+        }
+    }
+
     /// Bytes of payload, as the header says.
     pub(crate) fn payload_len(&self) -> usize {
         usize::try_from(self.u32(8)).unwrap_or(usize::MAX)

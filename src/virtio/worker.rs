@@ -65,6 +65,8 @@ pub(crate) trait Disk: Io {
     /// The request's data are these pieces. `None` if one is not guest memory; else whether they
     /// can be used without bouncing.
     fn attach(&mut self, tag: Tag, memory: &Arc<Memory>, pieces: &[Piece]) -> Option<bool>;
+    /// Whether requests are in so many pieces of memory that no more are to be taken until some are done.
+    fn is_crowded(&mut self) -> bool;
     /// This is the guest's memory from now on; nothing is in flight.
     fn adopt(&mut self, memory: &Arc<Memory>);
     /// Lets go of the request's data.

@@ -19,11 +19,13 @@ impl<D: Disk> Worker<D> {
             return true;
         }
         self.notify_all(vrings, true);
+        let crowded = self.disk.as_mut().is_some_and(Disk::is_crowded);
         let begun = Instant::now();
         loop {
             let completed = self.disk.as_mut().is_some_and(Disk::has_completions);
             let offered = |(queue, vring): (&Queue, &Vring)| queue.has_more(vring, &self.memory);
-            if completed || self.mailbox.rung() || self.queues.iter().zip(vrings).any(offered) {
+            let waiting = || self.queues.iter().zip(vrings).any(offered);
+            if completed || self.mailbox.rung() || !crowded && waiting() {
                 return true;
             }
             if begun.elapsed() >= time {

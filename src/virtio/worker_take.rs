@@ -40,7 +40,8 @@ impl<D: Disk> Worker<D> {
 
     fn take(&mut self, disk: &mut D, place: usize, vring: &Vring) {
         let Some(queue) = self.queues.get_mut(place) else { return };
-        if !queue.is_open() {
+        // What is in flight will complete, and then this is asked again.
+        if !queue.is_open() || disk.is_crowded() {
             return;
         }
         let mut heads = std::mem::take(&mut self.heads);
