@@ -52,12 +52,12 @@ pub(super) const CEILINGS: &[Ceiling] = &[
     exact("system calls, 4 KiB reads, depth 1", 3.0),
     exact("system calls, 4 KiB writes, depth 1", 3.0),
     // Where the disk is quicker than a sleeper wakes, or slower than it answers, there is one wake-up more: four calls.
-    at_most("system calls, 4 KiB reads, depth 32", 9.0 / 32.0, 13.0 / 32.0),
-    at_most("system calls, 4 KiB writes, depth 32", 9.0 / 32.0, 13.0 / 32.0),
+    at_most("system calls, 4 KiB reads, depth 32", 7.0 / 32.0, 11.0 / 32.0),
+    at_most("system calls, 4 KiB writes, depth 32", 7.0 / 32.0, 11.0 / 32.0),
     exact("system calls, 4 KiB reads of a hole, depth 32", 2.0 / 32.0),
-    at_most("system calls, 4 KiB write and flush, depth 1", 20.1, 22.0),
+    at_most("system calls, 4 KiB write and flush, depth 1", 18.1, 20.0),
     // Locks, page counts, inotify's events, now and then a FIEMAP, and the wake-ups of three threads. With many in flight they share those, as it happens.
-    at_most("system calls, 4 KiB writes into a hole, depth 1", 25.5, 30.0),
+    at_most("system calls, 4 KiB writes into a hole, depth 1", 24.5, 29.0),
     at_most("system calls, 4 KiB writes into a hole, depth 32", 2.8, 6.8),
     // The README says 17. Leaves that grow by one are copied into memory that the allocator has just got back.
     at_most("bytes per extent, insertions of 512", 16.6, 17.0),
