@@ -6,6 +6,7 @@ use std::task::Poll;
 
 use super::io::{BounceSlot, Buf, Io, Op, OpId, Tag, Target};
 use super::message::ToKeeper;
+use super::pace::Lane;
 use super::plan::{Access, Piece, Route};
 use super::units::{DeviceOffset, FileRange};
 use super::worker::Worker;
@@ -108,6 +109,10 @@ impl PieceOp {
         }
     }
 
+    const fn lane(&self) -> Lane {
+        Lane::of(self.write, self.zeroes && !self.piece.bounce)
+    }
+
     /// Zeros that need no memory.
     const fn by_reference(&self) -> bool {
         self.zeroes && self.bounce.is_none()
@@ -188,7 +193,7 @@ impl Worker {
         if let Running::Piece(op) = &running
             && op.device().is_some()
         {
-            self.pace(op.write).started(io.lately(), op.piece.unit.len());
+            self.pace(op.lane()).started(io.lately(), op.piece.unit.len());
         }
         if let Running::Piece(op) = &mut running
             && op.piece.bounce
@@ -240,7 +245,9 @@ impl Worker {
         device: Option<DeviceOffset>,
         result: i32,
     ) {
-        if result < 0 {
+        if again(result) {
+            self.start(io, id, Running::sync(image, device));
+        } else if result < 0 {
             self.ops.free.push(id);
             self.say(ToKeeper::Synced(result.saturating_neg()));
         } else {
@@ -256,7 +263,11 @@ impl Worker {
         let left = length(op.piece.unit) - op.done;
         match u32::try_from(result) {
             Ok(_) if op.by_reference() => return self.half_done(io, id, op),
-            Err(_) if again(result) && op.retries < RETRIES => op.retries += 1,
+            Err(_) if again(result) && op.retries < RETRIES => {
+                op.retries += 1;
+                // Raw operations come back so as well when their lease has to be looked at again.
+                self.forget_confirmation(op.device().is_some());
+            }
             Err(_) if op.by_reference() => {
                 // What writing them says is the answer: the kernel refuses this for reasons of its own, such as
                 // pages of the device that it has yet to let go of.
@@ -319,7 +330,7 @@ impl Worker {
         self.ops.free.push(id);
         self.bounce.extend(op.bounce);
         if op.device().is_some() {
-            self.pace(op.write).ended(io.lately(), op.piece.unit.len(), ok);
+            self.pace(op.lane()).ended(io.lately(), op.piece.unit.len(), ok);
         }
     }
 }

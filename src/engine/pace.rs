@@ -18,8 +18,34 @@ const WINDOWS: u32 = 4;
 const START_OPS: u64 = 64;
 /// Operations that may always be in flight.
 const LEAST_OPS: u64 = 4;
+/// How many drains long a device may be idle before it may be a fast one again.
+const MEMORY: u32 = 8;
 
-/// Bounds of the raw I/O of one worker, in either direction, in bytes; powers of two.
+/// Which bound a raw operation counts towards: a device reads, writes and zeroes at different rates.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Lane {
+    /// Reads.
+    Read,
+    /// Writes of data.
+    Write,
+    /// Zeros written by reference, which may cost a device nothing.
+    Zeroes,
+}
+
+impl Lane {
+    /// All of them, in the order of their discriminants.
+    pub(super) const ALL: [Self; 3] = [Self::Read, Self::Write, Self::Zeroes];
+
+    pub(super) const fn of(write: bool, by_reference: bool) -> Self {
+        match (write, by_reference) {
+            (false, _) => Self::Read,
+            (true, false) => Self::Write,
+            (true, true) => Self::Zeroes,
+        }
+    }
+}
+
+/// Bounds of the raw I/O of one worker, in each [`Lane`], in bytes; powers of two.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RawLimits {
     /// Most bytes in flight, however fast the device is. All workers' together are what has to be
@@ -27,31 +53,23 @@ pub struct RawLimits {
     pub bytes: u64,
     /// Bytes in flight in addition to those completed, while nothing is known of the device.
     pub start: u64,
-    /// Bytes that may always be in flight; at least a filesystem block.
+    /// Bytes that may always be in flight, besides one operation of one block.
     pub least: u64,
-    /// Most bytes of one operation that moves data; at least `least`.
+    /// Most bytes of one operation that moves data.
     pub operation: u64,
 }
 
 impl RawLimits {
-    /// The limits of one of `workers` workers. Together they have 32 MiB in flight in either
-    /// direction (1 MiB each if there are more than 32), which keeps any disk busy, and which one
-    /// that completes 2 MiB/s drains within the default lease-break-time.
+    /// The limits of one of `workers` workers, up to 64. Together they have 32 MiB in flight in each lane,
+    /// which keeps any disk busy, and which one that completes 2 MiB/s drains within the default
+    /// lease-break-time.
     #[must_use]
-    pub const fn of_one_in(workers: u16) -> Self {
-        let workers = if workers == 0 { 1 } else { workers as u64 };
-        let bytes = (32 << 20) / workers;
-        let start = (4 << 20) / workers;
+    pub fn of_one_in(workers: u16) -> Self {
+        let workers = u64::from(workers.clamp(1, 64)).next_power_of_two();
         Self {
-            bytes: if bytes < 1 << 20 { 1 << 20 } else { bytes },
-            start: if start < 256 << 10 {
-                256 << 10
-            } else if start > 1 << 20 {
-                1 << 20
-            } else {
-                start
-            },
-            least: 128 << 10,
+            bytes: (32 << 20) / workers,
+            start: ((4 << 20) / workers).min(1 << 20),
+            least: ((256 << 10) / workers).min(128 << 10),
             operation: 1 << 20,
         }
     }
@@ -69,7 +87,7 @@ struct Amount {
     ops: u64,
 }
 
-/// One direction's raw I/O in flight, and how fast the device completes it.
+/// The raw I/O of one lane in flight, and how fast the device completes it.
 #[derive(Debug)]
 pub(super) struct Pace {
     limits: RawLimits,
@@ -118,9 +136,9 @@ impl Pace {
         self.in_flight.bytes
     }
 
-    /// Most bytes of one operation.
-    pub(super) fn longest(&self, zeroes: bool) -> u64 {
-        if zeroes { self.limit.bytes } else { self.limit.bytes.min(self.limits.operation) }
+    /// Most bytes of one operation: there is room for four.
+    pub(super) fn longest(&self) -> u64 {
+        (self.limit.bytes / 4).max(self.limits.least).min(self.limits.operation)
     }
 
     /// Whether an operation of `bytes` may be started at `now`. One always may if none is in flight.
@@ -139,7 +157,7 @@ impl Pace {
             && let Some(window) = self.window
         {
             let idle = now.saturating_sub(self.active);
-            if idle > window * WINDOWS {
+            if idle > window * WINDOWS * MEMORY {
                 self.forget();
             } else if idle > window {
                 self.doubt();

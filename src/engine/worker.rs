@@ -20,7 +20,7 @@ use super::extent::Hint;
 use super::io::{BounceSlot, Io, Tag};
 use super::message::{ToKeeper, ToWorker};
 use super::ops::OpTable;
-use super::pace::Pace;
+use super::pace::{Lane, Pace};
 use super::plan::{self, Need};
 use super::request::{Kind, Request, Status};
 use super::rules::Rules;
@@ -51,8 +51,13 @@ pub struct Worker {
     asking: u32,
     pub(super) ops: OpTable,
     pub(super) bounce: Vec<BounceSlot>,
-    /// Raw reads and raw writes in flight (R2b).
-    raw: [Pace; 2],
+    /// Raw I/O in flight, by lane (R2b).
+    raw: [Pace; 3],
+    /// Requests that wait until their lane admits them, by lane, in the order they came: a large one
+    /// must not wait for ever behind small ones.
+    crowd: [VecDeque<Tag>; 3],
+    /// The first of a crowd is being tried.
+    admitting: bool,
     parks: Vec<ParkOrder>,
     parked: VecDeque<Tag>,
     stalled: VecDeque<Tag>,
@@ -102,7 +107,9 @@ impl Worker {
             asking: 0,
             ops: OpTable::new(geometry.ops),
             bounce: (0..geometry.bounce_slots).rev().map(BounceSlot).collect(),
-            raw: [pace(), pace()],
+            raw: [pace(), pace(), pace()],
+            crowd: Default::default(),
+            admitting: false,
             parks: Vec::new(),
             parked: VecDeque::new(),
             stalled: VecDeque::new(),
@@ -176,6 +183,8 @@ impl Worker {
 
     /// Takes a message from the keeper.
     pub fn message(&mut self, io: &mut impl Io, message: ToWorker) {
+        // What it sets going starts now, not when the last completion was read (R2b).
+        io.now();
         match message {
             ToWorker::Begin => {
                 self.begun = true;
@@ -250,6 +259,7 @@ impl Worker {
                 let Some(tag) = self.stalled.pop_front() else { break };
                 self.resume(io, tag, |_| ());
             }
+            self.admit(io);
             if !self.ops.any_ready() {
                 return;
             }
@@ -306,10 +316,14 @@ impl Worker {
         self.outbox.push_back(message);
     }
 
-    /// The raw I/O in flight in one direction.
-    pub(super) const fn pace(&mut self, write: bool) -> &mut Pace {
-        let [reads, writes] = &mut self.raw;
-        if write { writes } else { reads }
+    /// The raw I/O of a lane.
+    pub(super) const fn pace(&mut self, lane: Lane) -> &mut Pace {
+        let [read, write, zeroes] = &mut self.raw;
+        match lane {
+            Lane::Read => read,
+            Lane::Write => write,
+            Lane::Zeroes => zeroes,
+        }
     }
 
     fn room(&self) -> bool {
@@ -353,10 +367,7 @@ impl Worker {
                 return;
             };
             let range = rest.round_out(u64::from(self.geometry.fs_block));
-            let write = pending.request.kind.writes();
-            let zeroes = matches!(pending.request.kind, Kind::WriteZeroes { .. });
-            let [reads, writes] = &self.raw;
-            let access = pending.access(if write { writes } else { reads }.longest(zeroes));
+            let access = pending.access(&self.raw);
             let begun = self.begun || !self.rules.begin;
             if !begun || self.lease_lost || self.parks.iter().any(|p| p.range.overlaps(&range)) {
                 pending.phase = Phase::Parked;

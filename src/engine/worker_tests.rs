@@ -470,12 +470,9 @@ impl Io for Sink {
     }
 }
 
-#[test]
-fn a_guest_cannot_make_a_break_wait_for_more_than_a_few_seconds_of_raw_io() {
-    const EACH: u64 = 10 << 20;
-    let range = FileRange::new(0, 100 * EACH);
-    let geometry = Geometry {
-        file_size: range.end,
+fn sink_geometry() -> Geometry {
+    Geometry {
+        file_size: 0,
         fs_block: 4096,
         file_align: 512,
         dev_block: 512,
@@ -488,7 +485,11 @@ fn a_guest_cannot_make_a_break_wait_for_more_than_a_few_seconds_of_raw_io() {
         punch_bytes: 256 << 20,
         lease_fresh: Some(Duration::from_secs(10)),
         raw: crate::engine::RawLimits::default(),
-    };
+    }
+}
+
+/// A worker in direct mode whose file is mapped in `range`, and the sink for its operations.
+fn sink_worker(geometry: Geometry, range: FileRange) -> (Worker, Sink) {
     let shared = Arc::new(Shared::new());
     let mut map = crate::engine::extent::ExtentMap::new();
     let device = DeviceOffset(1 << 20);
@@ -497,6 +498,15 @@ fn a_guest_cannot_make_a_break_wait_for_more_than_a_few_seconds_of_raw_io() {
     let mut worker = Worker::new(geometry, Rules::default(), shared, Arc::default(), 100);
     let mut sink = Sink::default();
     worker.message(&mut sink, ToWorker::Begin);
+    (worker, sink)
+}
+
+#[test]
+fn a_guest_cannot_make_a_break_wait_for_more_than_a_few_seconds_of_raw_io() {
+    const EACH: u64 = 10 << 20;
+    let range = FileRange::new(0, 100 * EACH);
+    let geometry = Geometry { file_size: range.end, ..sink_geometry() };
+    let (mut worker, mut sink) = sink_worker(geometry, range);
     for tag in 0..100 {
         let range = FileRange::new(u64::from(tag) * EACH, u64::from(tag + 1) * EACH);
         worker.accept(&mut sink, Tag(tag), Request { kind: Kind::Write(range), mem_aligned: true });
@@ -518,6 +528,45 @@ fn a_guest_cannot_make_a_break_wait_for_more_than_a_few_seconds_of_raw_io() {
         }
     }
     assert_eq!(done, 100);
+}
+
+/// A lane that always has small requests must not keep a large one waiting for ever.
+#[test]
+fn a_large_request_gets_its_turn_among_small_ones() {
+    const SMALL: u64 = 4096;
+    const DEPTH: u32 = 15;
+    let raw = crate::engine::RawLimits {
+        bytes: 16 * SMALL,
+        start: 16 * SMALL,
+        least: SMALL,
+        operation: 16 * SMALL,
+    };
+    let range = FileRange::new(0, 64 << 20);
+    let geometry = Geometry { raw, file_size: range.end, ops: 128, ..sink_geometry() };
+    let (mut worker, mut sink) = sink_worker(geometry, range);
+    let mut next = 1 << 20;
+    let mut small = |worker: &mut Worker, sink: &mut Sink, tag: Tag| {
+        let range = FileRange::new(next, next + SMALL);
+        next += SMALL;
+        worker.accept(sink, tag, Request { kind: Kind::Write(range), mem_aligned: true });
+    };
+    for tag in 0..DEPTH {
+        small(&mut worker, &mut sink, Tag(tag));
+    }
+    let large = Kind::Write(FileRange::new(0, 16 * SMALL));
+    worker.accept(&mut sink, Tag(99), Request { kind: large, mem_aligned: true });
+    for _ in 0..200 {
+        sink.1 = true;
+        worker.reap(&mut sink);
+        while let Some((tag, status)) = worker.poll_done() {
+            assert_eq!(status, Status::Ok);
+            if tag == Tag(99) {
+                return;
+            }
+            small(&mut worker, &mut sink, tag);
+        }
+    }
+    panic!("still waiting");
 }
 
 #[test]

@@ -261,6 +261,7 @@ impl Ring {
         } else {
             self.push(&entry)?;
             self.queued.push_back(Queued::Op(id));
+            self.mark_barred(id);
         }
         let slot = usize::try_from(id.0).ok().and_then(|index| self.slots.get_mut(index));
         if let Some(slot) = slot {

@@ -40,7 +40,12 @@ const GEOMETRY: Geometry = Geometry {
     zeroes_bytes: 4 << 20,
     punch_bytes: 256 << 20,
     lease_fresh: Some(Duration::from_secs(11)),
-    raw: crate::engine::RawLimits::of_one_in(1),
+    raw: crate::engine::RawLimits {
+        bytes: 32 << 20,
+        start: 1 << 20,
+        least: 128 << 10,
+        operation: 1 << 20,
+    },
 };
 
 /// An image in a directory of its own; nobody else has it open.

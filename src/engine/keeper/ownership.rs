@@ -39,8 +39,9 @@ pub(super) enum Ownership {
     /// We, by lease.
     Direct,
     /// We still, until raw I/O has ended. `half`: of lease-break-time; `reports`: how many of these
-    /// have passed and were reported.
-    Leaving { since: Duration, why: Why, reports: u32, half: Duration },
+    /// have passed and were reported; `broken`: somebody waits for the lease, whatever else came
+    /// before or after.
+    Leaving { since: Duration, why: Why, broken: bool, reports: u32, half: Duration },
 }
 
 impl Ownership {
@@ -211,14 +212,16 @@ impl Keeper {
                 let calm = now.saturating_sub(self.direct_since) > CALM;
                 self.breaks = if calm { 1 } else { self.breaks + 1 };
                 let half = self.config.lease_break_time / 2;
-                self.ownership = Ownership::Leaving { since: now, why, reports: 0, half };
+                let broken = why == Why::LeaseBroken;
+                self.ownership = Ownership::Leaving { since: now, why, broken, reports: 0, half };
                 self.park(now, FileRange::ALL, Drain::Raw, Parking::Leave);
             }
-            Ownership::Leaving { since, why: old, reports, half } => {
+            Ownership::Leaving { since, why: old, broken, reports, half } => {
+                let broken = broken || why == Why::LeaseBroken;
                 // What is for good wins.
                 let for_good = matches!(old, Why::Mismatch | Why::SizeChanged | Why::Stopping);
                 let why = if for_good { old } else { why };
-                self.ownership = Ownership::Leaving { since, why, reports, half };
+                self.ownership = Ownership::Leaving { since, why, broken, reports, half };
             }
             Ownership::Entering { .. }
             | Ownership::Gathering { .. }
@@ -280,12 +283,11 @@ impl Keeper {
                 self.breaks += 1;
                 self.cancel_entry(now);
             }
-            Ownership::Leaving { since, reports: reports @ 0..2, half, why }
+            Ownership::Leaving { since, reports: reports @ 0..2, half, broken, .. }
                 if *since + *half * (*reports + 1) <= now =>
             {
                 *reports += 1;
-                // Only somebody who waits for the lease is let in; nobody does when we end.
-                let broken = *why == Why::LeaseBroken;
+                let broken = *broken;
                 if *reports == 1 {
                     self.report(Report::SlowBreak);
                 } else if broken {

@@ -66,6 +66,13 @@ impl Worker {
         false
     }
 
+    /// The lease is asked for again before the next raw operation, if this was one.
+    pub(in crate::engine) const fn forget_confirmation(&mut self, raw: bool) {
+        if raw {
+            self.confirmed = None;
+        }
+    }
+
     /// A write operation ended, well or not: the medium may have changed.
     pub(in crate::engine) fn wrote(&mut self, device: Option<DeviceOffset>) {
         match device {

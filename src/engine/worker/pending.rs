@@ -9,6 +9,7 @@ use crate::engine::barrier::Generation;
 use crate::engine::io::{Io, Op, OpId, Tag};
 use crate::engine::message::ToKeeper;
 use crate::engine::ops::EOPNOTSUPP;
+use crate::engine::pace::{Lane, Pace};
 use crate::engine::plan::Access;
 use crate::engine::request::{Kind, Request, Status};
 use crate::engine::shared::Mode;
@@ -70,11 +71,19 @@ impl Pending {
         self.later.clear();
     }
 
-    pub(super) const fn access(&self, longest: u64) -> Access {
+    pub(super) fn access(&self, raw: &[Pace; 3]) -> Access {
+        let zeroes = matches!(self.request.kind, Kind::WriteZeroes { .. });
+        let lane = Lane::of(self.request.kind.writes(), zeroes);
+        let [read, write, zero] = raw;
+        let pace = match lane {
+            Lane::Read => read,
+            Lane::Write => write,
+            Lane::Zeroes => zero,
+        };
         Access {
-            longest,
+            longest: pace.longest(),
             write: self.request.kind.writes(),
-            zeroes: matches!(self.request.kind, Kind::WriteZeroes { .. }),
+            zeroes,
             locked: self.locked,
             mem_aligned: self.request.mem_aligned,
             base: self.request.kind.range().start,

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A request's pieces: when one may start, and what follows its end.
 
+use std::collections::VecDeque;
+
 use super::Worker;
 use super::pending::Phase;
 use crate::engine::io::{Io, Tag};
 use crate::engine::ops::{self, Running};
+use crate::engine::pace::Lane;
 use crate::engine::plan::{Access, Piece, Route};
 use crate::engine::units::FileRange;
 
@@ -18,9 +21,13 @@ impl Worker {
         piece: Piece,
     ) -> bool {
         let raw = matches!(piece.route, Route::Device(_));
-        let crowded = raw && !self.pace(access.write).admits(io.lately(), piece.unit.len());
+        let lane = Lane::of(access.write, access.zeroes && !piece.bounce);
+        if raw && !self.admits(io, lane, piece.unit.len()) {
+            self.wait_in_crowd(tag, lane);
+            return false;
+        }
         let full = !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
-        let stalled = crowded || full || self.meets_its_own(tag, access, &piece);
+        let stalled = full || self.meets_its_own(tag, access, &piece);
         // Zeros too: nobody may have filled the hole since the map was read (R2a). They start and end here.
         let mapped = raw || piece.route == Route::Zero && self.rules.zero_lease;
         let parked = !stalled && mapped && {
@@ -59,6 +66,41 @@ impl Worker {
         }
         self.launch(io, running);
         true
+    }
+
+    /// Whether a raw operation of `bytes` may start: there is room for it, and nobody came before it.
+    fn admits(&mut self, io: &impl Io, lane: Lane, bytes: u64) -> bool {
+        let behind =
+            !self.admitting && self.crowd.get(lane as usize).is_some_and(|c| !c.is_empty());
+        !behind && self.pace(lane).admits(io.lately(), bytes)
+    }
+
+    fn wait_in_crowd(&mut self, tag: Tag, lane: Lane) {
+        let first = self.admitting;
+        if let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize)
+            && let Some(crowd) = self.crowd.get_mut(lane as usize)
+        {
+            pending.phase = Phase::Stalled;
+            // Whoever is being tried keeps its place.
+            if first { crowd.push_front(tag) } else { crowd.push_back(tag) }
+        }
+    }
+
+    /// Goes on with the requests that wait for a lane to admit them, as far as it does.
+    pub(super) fn admit(&mut self, io: &mut impl Io) {
+        for lane in Lane::ALL {
+            while self.ops.has_room()
+                && let Some(tag) = self.crowd.get_mut(lane as usize).and_then(VecDeque::pop_front)
+            {
+                self.admitting = true;
+                self.resume(io, tag, |_| ());
+                self.admitting = false;
+                let first = self.crowd.get(lane as usize).and_then(VecDeque::front);
+                if first == Some(&tag) {
+                    break;
+                }
+            }
+        }
     }
 
     /// Whether a read-modify-write through the file would meet another piece of its own request in the same unit: of pieces that

@@ -10,7 +10,7 @@ use io_uring::types::{SubmitArgs, Timespec};
 
 use super::setup::{DEVICE, NO_FILE};
 use super::{Queued, Ring, errno};
-use crate::engine::{Completion, Io};
+use crate::engine::{Completion, Io, OpId};
 
 /// How often an `io_uring_enter` is repeated at once before other work gets its turn.
 const ENTER_TRIES: u32 = 8;
@@ -124,6 +124,11 @@ impl Ring {
         if self.raw.is_empty() {
             return;
         }
+        if self.barred && self.lease_held() {
+            // The device is to come back first, which takes memory. This thread only dozes meanwhile.
+            self.uneasy = true;
+            return;
+        }
         let checked = self.checked;
         let stale = self.fresh.is_some_and(|fresh| self.now().saturating_sub(checked) > fresh);
         let mut raw = std::mem::take(&mut self.raw);
@@ -134,7 +139,11 @@ impl Ring {
                 None => self.push(&entry),
             };
             match pushed {
-                Ok(()) => self.queued.push_back(Queued::Raw(id)),
+                Ok(()) => {
+                    self.queued.push_back(Queued::Raw(id));
+                    // To make room for it may have taken an enter, and that a look at the lease.
+                    self.mark_barred(id);
+                }
                 Err(result) => self.failed.push_back(Completion { id, result }),
             }
         }
@@ -158,12 +167,18 @@ impl Ring {
         }
     }
 
+    /// Notes of an operation in the submission queue that the device is barred, if it is.
+    pub(super) fn mark_barred(&mut self, id: OpId) {
+        if self.barred
+            && let Some(slot) = usize::try_from(id.0).ok().and_then(|at| self.slots.get_mut(at))
+        {
+            slot.barred = true;
+        }
+    }
+
     fn bar_device(&mut self) {
-        let raw = self.queued.iter().filter_map(|entry| match entry {
-            Queued::Raw(id) => usize::try_from(id.0).ok(),
-            Queued::Watch | Queued::Op(_) => None,
-        });
-        for index in raw {
+        // A flush of the device is among them. Of the image's none will say EBADF.
+        for index in self.queued.iter().filter_map(|entry| usize::try_from(entry.op()?.0).ok()) {
             if let Some(slot) = self.slots.get_mut(index) {
                 slot.barred = true;
             }
