@@ -73,8 +73,12 @@ run_tests() {
     cargo nextest run --locked --workspace --all-features
 }
 
+# Other seeds each time: no run proves more by going where the last one went. It prints its base, which SIM_BASE sets.
 simulate() {
-    cargo run --quiet --release --locked --package integration -- sim --seeds "$SEEDS"
+    local base
+    base=${SIM_BASE:-$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}
+    cargo run --quiet --release --locked --package integration -- \
+        sim --base "$base" --seeds "$SEEDS"
 }
 
 exhaust() {

@@ -127,13 +127,12 @@ impl World {
             let what = format!("{:?} while {:?} is in flight", flight.blocks, racing.blocks);
             self.fail(format!("file write to block {what} raw (R10a)"));
         }
-        let whole = flight.sectors.start.is_multiple_of(self.host.spb)
-            && (flight.sectors.end.is_multiple_of(self.host.spb)
+        let unit = self.scenario.unit();
+        let whole = flight.sectors.start.is_multiple_of(unit)
+            && (flight.sectors.end.is_multiple_of(unit)
                 || flight.sectors.end == self.scenario.sectors());
-        // After a short transfer the rest of a block is written alone.
-        let resumed = self.scenario.shorts > 0 || self.scenario.errors > 0;
-        if !whole && !resumed && !self.scenario.identity() {
-            self.fail(format!("file write of part of a block: {:?} (R10a)", flight.sectors));
+        if !whole {
+            self.fail(format!("file write of part of a unit: {:?} (R10a)", flight.sectors));
         }
         if bytes(flight.sectors.end) > self.scenario.geometry.file_size {
             self.fail(format!("file write past the end: {:?}", flight.sectors));

@@ -54,6 +54,8 @@ pub(super) struct Guest {
     ever_write_through: bool,
     /// A flush has failed and nothing has reset the device since (R16).
     flush_failed: bool,
+    /// It has written where it was writing already.
+    pub(super) overlapped: bool,
     /// Errors were injected or the file was cut short: requests may fail.
     excused: bool,
     /// A new driver flushes first.
@@ -75,6 +77,7 @@ impl Guest {
             write_through: scenario.write_through,
             ever_write_through: scenario.write_through,
             flush_failed: false,
+            overlapped: false,
             excused: false,
             flush_first: false,
             sweep: VecDeque::new(),
@@ -220,10 +223,10 @@ impl World {
     }
 
     fn note_hazards(&mut self, kind: Kind, range: &Range<usize>) {
-        let spb = self.host.spb;
+        let unit = self.scenario.unit();
         match kind {
             Kind::Discard(_) | Kind::WriteZeroes { unmap: true, .. }
-                if !(range.start.is_multiple_of(spb) && range.end.is_multiple_of(spb)) =>
+                if !(range.start.is_multiple_of(unit) && range.end.is_multiple_of(unit)) =>
             {
                 self.hit(Hazard::OddEdgePunch);
             }
@@ -293,12 +296,12 @@ impl World {
         }
     }
 
-    /// The whole blocks inside read as zeros, unless the filesystem cannot punch; the rest is as it was
+    /// The whole units inside read as zeros, unless the filesystem cannot punch; the rest is as it was
     /// or zeros, which is more than the guest was promised.
     fn discard_ended(&mut self, pending: &Pending, ok: bool) {
-        let spb = self.host.spb;
+        let unit = self.scenario.unit();
         let Range { start, end } = pending.sectors;
-        let inside = start.next_multiple_of(spb)..end - end % spb;
+        let inside = start.next_multiple_of(unit)..end - end % unit;
         if inside.is_empty() || !self.scenario.punches {
             return self.model.end(pending.number, start..end, false);
         }

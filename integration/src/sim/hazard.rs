@@ -51,6 +51,9 @@ hazards! {
     SlowDevice "raw I/O on a slow device",
     SlowBreak "break with raw in flight on a slow device",
     FormerBlock "raw write over a page of the block's former life",
+    ShortInsideBlock "file write that ended inside a block",
+    KeptStale "direct write that could not drop a page",
+    PageOfExtents "page of blocks in several extents",
 }
 
 /// How often each was met.
@@ -72,6 +75,11 @@ impl Hazards {
         for (sum, n) in self.0.iter_mut().zip(&other.0) {
             *sum += n;
         }
+    }
+
+    /// One for each that was met.
+    pub(super) fn once(&self) -> Self {
+        Self(self.0.iter().map(|n| u64::from(*n > 0)).collect())
     }
 
     pub(super) fn total(&self) -> usize {

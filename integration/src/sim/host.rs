@@ -31,6 +31,11 @@ pub(super) struct Host {
     pub(super) former: Former,
     /// Whether the filesystem flushes the disk's cache when it commits for `fsync`.
     pub(super) barriers: bool,
+    /// A direct write could not drop a page that was dirty again: the next fsync says EIO.
+    pub(super) kept_stale: bool,
+    /// A shared block that a size change behind the daemon's back has the kernel copy: raw reads of the old place
+    /// are residue (R5a).
+    pub(super) cut_shared: Option<usize>,
     /// A commit that the disk has only in its cache.
     unflushed: bool,
     next_writeback: u64,
@@ -47,6 +52,8 @@ impl Host {
             greed,
             former: Former::default(),
             barriers: true,
+            kept_stale: false,
+            cut_shared: None,
             unflushed: false,
             next_writeback: 1,
         }
@@ -150,7 +157,7 @@ impl Host {
             let mut rng = Rng::new(block as u64);
             let Some(place) = self.find(block, &mut rng) else { return };
             if old.shared {
-                self.layout.unmap(block);
+                self.leave_shared(block);
             }
             self.layout.map(block, place, false);
         }
@@ -161,13 +168,24 @@ impl Host {
         self.layout.set_written(block);
     }
 
+    /// A shared block is going to be somewhere else; whose its old place is then.
+    fn leave_shared(&mut self, block: usize) {
+        let old = self.layout.block(block).place;
+        self.layout.unmap(block);
+        if self.cut_shared == Some(block) && old != NOWHERE {
+            self.layout.set_owner(old, Owner::Residue);
+        }
+    }
+
     /// A free place for `block`, staged.
     pub(super) fn find(&mut self, block: usize, rng: &mut Rng) -> Option<usize> {
         let near = block.checked_sub(1).map_or(NOWHERE, |b| self.layout.block(b).place);
-        let found = self.layout.find(near, rng).or_else(|| {
+        // What is written at once is allocated at once: of blocks in a page most lie together.
+        let close = if (block * self.spb).is_multiple_of(PAGE) { 700 } else { 950 };
+        let found = self.layout.find(near, close, rng).or_else(|| {
             // Everything freed waits for the journal.
             self.commit();
-            self.layout.find(near, rng)
+            self.layout.find(near, close, rng)
         });
         if let Some(place) = found {
             let now = (0..self.spb).map(|i| self.disk.read(place * self.spb + i)).collect();
@@ -235,6 +253,7 @@ impl Host {
 
     /// The canary takes what a size change had freed behind the daemon's back.
     pub(super) fn end_residue(&mut self) {
+        self.cut_shared = None;
         for place in 0..self.layout.places() {
             if self.layout.owner(place) == Owner::Residue {
                 self.commit();
@@ -308,7 +327,7 @@ impl Host {
                 continue;
             }
             let old = self.layout.block(*block).place;
-            self.layout.unmap(*block);
+            self.leave_shared(*block);
             self.layout.map(*block, *place, true);
             if old != NOWHERE && self.layout.owner(old) == Owner::Clone && rng.chance(self.greed) {
                 // The clone is deleted as soon as it can be.
@@ -316,7 +335,7 @@ impl Host {
                 self.adopt(old);
             }
         }
-        self.cache.invalidate_clean(sectors);
+        self.kept_stale |= self.cache.invalidate_clean(sectors);
         if sectors.end > self.layout.size() {
             self.layout.set_size(sectors.end);
         }
@@ -337,6 +356,7 @@ impl Host {
         self.cache = Cache::default();
         self.layout.roll_back();
         self.unflushed = false;
+        self.kept_stale = false;
     }
 }
 

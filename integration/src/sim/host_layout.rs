@@ -64,6 +64,10 @@ impl Host {
                 self.buffered_write(sector, ZERO);
             }
         }
+        let cut = size / self.spb;
+        if residue && !size.is_multiple_of(self.spb) && self.layout.block(cut).shared {
+            self.cut_shared = Some(cut);
+        }
         let first = size.div_ceil(self.spb);
         self.settle(first..self.layout.len());
         self.cache.invalidate(&(first * self.spb..all.end));

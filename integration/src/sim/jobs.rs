@@ -5,9 +5,11 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use extentd::engine::extent::{Extent, State};
+use extentd::engine::extent::State;
 use extentd::engine::message::{Job, JobDone, JobId, MapAnswer, Proof, Refusal};
-use extentd::engine::units::{DeviceOffset, FileRange};
+use extentd::engine::units::FileRange;
+use extentd::image::extents::{Bounds, translate};
+use extentd::sys::fiemap::{self, RawExtent};
 
 use super::disk::ZERO;
 use super::hazard::Hazard;
@@ -42,12 +44,21 @@ impl Jobs {
     }
 }
 
+/// What FIEMAP says of a block in this state.
+const fn flags(state: State) -> u32 {
+    match state {
+        State::Mapped => 0,
+        State::Unwritten => fiemap::UNWRITTEN,
+        State::Shared => fiemap::SHARED,
+        State::Opaque | State::Hole => fiemap::UNKNOWN,
+    }
+}
+
 /// Whether `next` goes on where `last` ends, in the file and on the disk.
-fn joins(last: &Extent, next: &Extent) -> bool {
-    let placed = matches!(next.state, State::Mapped | State::Shared);
-    last.state == next.state
-        && last.range.end == next.range.start
-        && (!placed || last.device.plus(last.range.len()) == next.device)
+const fn joins(last: &RawExtent, next: &RawExtent) -> bool {
+    last.flags == next.flags
+        && last.logical + last.length == next.logical
+        && last.physical + last.length == next.physical
 }
 
 impl World {
@@ -133,7 +144,9 @@ impl World {
             0 if self.job_fails() => Some(Err(Refusal::Failed(-EIO))),
             0 => {
                 self.host.fsync();
-                None
+                // The kernel says so once, to whoever syncs first.
+                let lost = std::mem::take(&mut self.host.kept_stale);
+                lost.then_some(Err(Refusal::Unsynced(-EIO)))
             }
             1 => {
                 self.drop_cache();
@@ -225,35 +238,45 @@ impl World {
 
     fn map_answer(&mut self, range: FileRange, max: u32) -> MapAnswer {
         let block_bytes = bytes(self.host.spb);
+        let unit = bytes(self.scenario.unit());
         let mut answer = MapAnswer { covered: range, ..MapAnswer::default() };
-        let lies = self.scenario.lies;
+        // As many as a page has blocks at least: the daemon asks for no fewer.
+        let most = self.scenario.batch.min(max as usize).max(sectors(unit) / self.host.spb);
+        let (lies, places) = (self.scenario.lies, self.host.layout.places());
+        let mut raws: Vec<RawExtent> = Vec::new();
         for (block, found, place) in std::mem::take(&mut self.jobs.found) {
             let cached = !self.cache_is_empty(&self.host.sectors_of(block));
             let state = if found == State::Mapped && cached { State::Opaque } else { found };
             if state == State::Hole {
                 continue;
             }
-            let places = self.host.layout.places();
             let told = if lies && place != NOWHERE { (place + 7) % places } else { place };
             let now = self.host.layout.block(block);
             // A difference counts only where the block has not moved meanwhile.
             if state == State::Mapped && now.place == place && now.written {
                 self.compare(block, told, &mut answer.proof);
             }
-            let start = block as u64 * block_bytes;
-            let placed = matches!(state, State::Mapped | State::Shared);
-            let device = DeviceOffset(if placed { told as u64 * block_bytes } else { 0 });
-            let next = Extent { range: FileRange::new(start, start + block_bytes), device, state };
-            let full = answer.extents.len() >= self.scenario.batch.min(max as usize);
-            match answer.extents.last_mut().filter(|last| joins(last, &next)) {
-                Some(last) => last.range.end = next.range.end,
+            let next = RawExtent {
+                logical: block as u64 * block_bytes,
+                physical: if told == NOWHERE { 0 } else { told as u64 * block_bytes },
+                length: block_bytes,
+                flags: flags(state),
+            };
+            let full = raws.len() >= most;
+            match raws.last_mut().filter(|last| joins(last, &next)) {
+                Some(last) => last.length += next.length,
                 None if full => {
-                    answer.covered.end = start;
+                    answer.covered.end = next.logical - next.logical % unit;
                     break;
                 }
-                None => answer.extents.push(next),
+                None => raws.push(next),
             }
         }
+        let odd = |raw: &RawExtent| !raw.logical.is_multiple_of(unit);
+        if raws.iter().any(odd) {
+            self.hit(Hazard::PageOfExtents);
+        }
+        answer.extents = translate(&raws, answer.covered, &self.bounds());
         match answer.proof {
             Proof::Different => self.hit(Hazard::LyingMap),
             // The image compares until it has seen them equal once, and says so once.
@@ -266,6 +289,17 @@ impl World {
             self.hit(Hazard::CutShort);
         }
         answer
+    }
+
+    /// What the daemon holds FIEMAP's extents against.
+    fn bounds(&self) -> Bounds {
+        Bounds {
+            file_size: self.scenario.geometry.file_size,
+            device_size: bytes(self.host.layout.places() * self.host.spb),
+            fs_block: bytes(self.host.spb),
+            unit: bytes(self.scenario.unit()),
+            write_block: u64::from(self.scenario.geometry.write_block),
+        }
     }
 
     /// R6: what is read raw where the map points, against what the file says.

@@ -17,6 +17,8 @@ pub(super) const NOWHERE: usize = usize::MAX;
 pub(super) enum Owner {
     /// Nobody's.
     Free,
+    /// The filesystem's, for good.
+    Filesystem,
     /// Freed, but the journal has not said so yet: not to be re-used before it has.
     Freed,
     /// The image's block of this number.
@@ -64,11 +66,14 @@ impl Layout {
     /// An empty file of `size` sectors on a disk of `places` blocks, room for `blocks`.
     pub(super) fn new(blocks: usize, size: usize, places: usize) -> Self {
         let blocks = vec![Block::HOLE; blocks];
+        let mut owners = vec![Owner::Free; places];
+        // The first block of a disk is the filesystem's own.
+        owners[0] = Owner::Filesystem;
         Self {
             journal: (blocks.clone(), size),
             blocks,
             size,
-            owners: vec![Owner::Free; places],
+            owners,
             canaries: VecDeque::new(),
             dirty: false,
         }
@@ -107,10 +112,10 @@ impl Layout {
         self.owners.len()
     }
 
-    /// A free disk block, if possible behind `near` so that extents form; staged.
-    pub(super) fn find(&mut self, near: usize, rng: &mut Rng) -> Option<usize> {
+    /// A free disk block, `close` times in 1000 behind `near` so that extents form; staged.
+    pub(super) fn find(&mut self, near: usize, close: u64, rng: &mut Rng) -> Option<usize> {
         let count = self.owners.len();
-        let start = if near < count && rng.chance(700) { near + 1 } else { rng.index(count) };
+        let start = if near < count && rng.chance(close) { near + 1 } else { rng.index(count) };
         let mut place = self.search(start);
         if place.is_none() {
             // The disk is full of canaries: the oldest gives its block up.
@@ -193,7 +198,7 @@ impl Layout {
     pub(super) fn roll_back(&mut self) {
         (self.blocks, self.size) = self.journal.clone();
         for owner in &mut self.owners {
-            if !matches!(owner, Owner::Canary | Owner::Clone) {
+            if !matches!(owner, Owner::Canary | Owner::Clone | Owner::Filesystem) {
                 *owner = Owner::Free;
             }
         }
@@ -214,11 +219,11 @@ mod tests {
     fn a_cut_takes_back_what_was_not_committed() {
         let mut rng = Rng::new(1);
         let mut layout = Layout::new(4, 32, 8);
-        let first = layout.find(NOWHERE, &mut rng).unwrap();
+        let first = layout.find(NOWHERE, 700, &mut rng).unwrap();
         layout.map(0, first, false);
         layout.commit();
         layout.set_written(0);
-        let second = layout.find(first, &mut rng).unwrap();
+        let second = layout.find(first, 700, &mut rng).unwrap();
         layout.map(1, second, true);
         layout.roll_back();
         assert_eq!(layout.block(0), Block { place: first, written: false, shared: false });
@@ -229,9 +234,9 @@ mod tests {
     #[test]
     fn freed_blocks_wait_for_the_journal_and_shared_ones_stay_with_the_clone() {
         let mut rng = Rng::new(2);
-        let mut layout = Layout::new(2, 16, 2);
+        let mut layout = Layout::new(2, 16, 3);
         for block in 0..2 {
-            let place = layout.find(NOWHERE, &mut rng).unwrap();
+            let place = layout.find(NOWHERE, 700, &mut rng).unwrap();
             layout.map(block, place, true);
         }
         layout.set_shared(1);
@@ -239,8 +244,8 @@ mod tests {
         assert!(layout.unmap(1).is_none());
         assert_eq!(layout.owner(clone), Owner::Clone);
         let freed = layout.unmap(0).unwrap();
-        assert!(layout.find(NOWHERE, &mut rng).is_none());
+        assert!(layout.find(NOWHERE, 700, &mut rng).is_none());
         layout.commit();
-        assert_eq!(layout.find(NOWHERE, &mut rng), Some(freed));
+        assert_eq!(layout.find(NOWHERE, 700, &mut rng), Some(freed));
     }
 }

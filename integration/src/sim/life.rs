@@ -133,23 +133,26 @@ impl Sim {
         self.shut_down();
     }
 
-    /// Whether direct mode is on and some block has to be read raw: one that can be proven (R6), and
+    /// Whether direct mode is on and some block has to be read raw: one unit that can be proven (R6), and
     /// nothing that could keep it from being mapped.
     fn must_be_raw(&self) -> bool {
         let (world, scenario) = (&self.world, &self.world.scenario);
         let hampered = scenario.errors + scenario.stuck + scenario.buffered_reads > 0;
         let window = world.window();
-        let plain = |block: &usize| {
-            let entry = world.host.layout.block(*block);
-            let mut sectors = world.host.sectors_of(*block);
+        let (host, unit) = (&world.host, scenario.unit());
+        let plain = |nth: usize| {
+            let mut sectors = nth * unit..(nth + 1) * unit;
+            let blocks = host.blocks_of(&sectors);
+            let first = host.layout.block(blocks.start);
+            let whole = blocks.clone().all(|block| {
+                let entry = host.layout.block(block);
+                let next = first.place.wrapping_add(block - blocks.start);
+                entry.written && !entry.shared && entry.place == next
+            });
             let inside = window.start <= sectors.start && sectors.end <= window.end;
-            let data = sectors.any(|s| world.host.stored(s) != 0);
-            inside && entry.written && !entry.shared && data
+            inside && whole && sectors.any(|s| host.stored(s) != 0)
         };
-        !hampered
-            && !scenario.lies
-            && self.is_direct()
-            && (0..scenario.blocks).any(|block| plain(&block))
+        !hampered && !scenario.lies && self.is_direct() && (0..scenario.sectors() / unit).any(plain)
     }
 
     fn until_answered(&mut self, when: &str) {

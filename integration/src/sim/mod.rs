@@ -25,6 +25,7 @@ mod mutant;
 mod ops;
 mod outside;
 mod pagecache;
+mod rates;
 mod rng;
 mod run;
 mod scenario;
@@ -33,6 +34,7 @@ mod steps;
 mod wishes;
 mod world;
 
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -49,6 +51,12 @@ pub struct Options {
     /// How many seeds to run; each mutant gets as many to be caught in.
     #[arg(long, default_value_t = 10_000)]
     seeds: u64,
+    /// The first of them; a run that failed is had again with the base it printed.
+    #[arg(long, default_value_t = 0, value_name = "SEED", conflicts_with = "seed")]
+    base: u64,
+    /// Go through all seeds whatever fails, and count in how many each hazard is met and each mutant is caught.
+    #[arg(long, conflicts_with_all = ["seed", "mutant", "exhaustive"])]
+    rates: bool,
     /// Run this seed alone and print all of its trace.
     #[arg(long)]
     seed: Option<u64>,
@@ -68,6 +76,10 @@ struct Total {
     answered: u64,
     residue: u64,
     hazards: Hazards,
+    /// Seeds that met each hazard.
+    met: Hazards,
+    /// Seeds that failed.
+    failures: u64,
     /// The lowest seed that failed, and how.
     failed: Option<(u64, String)>,
 }
@@ -81,10 +93,19 @@ pub fn simulate(options: &Options) -> bool {
     if let Some(seed) = options.seed {
         return replay(seed, options.mutant, usize::MAX);
     }
+    let seeds = options.base..options.base.saturating_add(options.seeds);
     if let Some(mutant) = options.mutant {
-        return hunt(mutant, options.seeds, true);
+        return hunt(mutant, &seeds, true);
     }
-    let total = run_many(0..options.seeds, None);
+    if options.rates {
+        return rates::tell(&seeds);
+    }
+    // First, so that it is known whatever becomes of the run.
+    println!(
+        "sim: base {}: again with `sim --base {} --seeds {}`",
+        seeds.start, seeds.start, options.seeds
+    );
+    let total = run_many(seeds.clone(), None);
     for (name, count) in total.hazards.iter() {
         println!("{count:>9}  {name}");
     }
@@ -93,7 +114,7 @@ pub fn simulate(options: &Options) -> bool {
     if let Some((seed, _)) = &total.failed {
         replay(*seed, None, TAIL);
     }
-    let caught = Mutant::ALL.iter().filter(|m| hunt(**m, options.seeds, false)).count();
+    let caught = Mutant::ALL.iter().filter(|m| hunt(**m, &seeds, false)).count();
     let violations = u64::from(total.failed.is_some());
     println!(
         "sim: seeds={} events={} hazards_hit={}/{} mutants_caught={caught}/{} violations={violations}",
@@ -122,8 +143,8 @@ fn replay(seed: u64, mutant: Option<Mutant>, lines: usize) -> bool {
 }
 
 /// Looks for a seed in which a mutant is caught.
-fn hunt(mutant: Mutant, seeds: u64, loud: bool) -> bool {
-    let total = run_many(0..seeds, Some(mutant));
+fn hunt(mutant: Mutant, seeds: &Range<u64>, loud: bool) -> bool {
+    let total = run_many(seeds.clone(), Some(mutant));
     match total.failed {
         Some((seed, what)) => {
             println!("mutant {mutant:?}: caught by seed {seed}: {what}");
@@ -133,14 +154,20 @@ fn hunt(mutant: Mutant, seeds: u64, loud: bool) -> bool {
             true
         }
         None => {
-            println!("mutant {mutant:?}: NOT CAUGHT in {seeds} seeds");
+            let (first, count) = (seeds.start, seeds.end - seeds.start);
+            println!("mutant {mutant:?}: NOT CAUGHT in {count} seeds from {first}");
             false
         }
     }
 }
 
 /// Runs seeds on all CPUs until one fails.
-fn run_many(seeds: std::ops::Range<u64>, mutant: Option<Mutant>) -> Total {
+fn run_many(seeds: Range<u64>, mutant: Option<Mutant>) -> Total {
+    run_until(seeds, mutant, |total| total.failed.is_some())
+}
+
+/// Runs seeds on all CPUs until what one of them did says `enough`.
+fn run_until(seeds: Range<u64>, mutant: Option<Mutant>, enough: fn(&Total) -> bool) -> Total {
     let next = AtomicU64::new(seeds.start);
     let stop = AtomicBool::new(false);
     let total = Mutex::new(Total::default());
@@ -155,7 +182,7 @@ fn run_many(seeds: std::ops::Range<u64>, mutant: Option<Mutant>) -> Total {
                         break;
                     }
                     mine.add(seed, run(seed, mutant, false));
-                    if mine.failed.is_some() {
+                    if enough(&mine) {
                         stop.store(true, Ordering::Relaxed);
                     }
                 }
@@ -175,7 +202,9 @@ impl Total {
         self.answered += outcome.answered;
         self.residue += outcome.residue;
         self.hazards.add(&outcome.hazards);
+        self.met.add(&outcome.hazards.once());
         if let Some(what) = outcome.violation {
+            self.failures += 1;
             self.failed.get_or_insert((seed, what));
         }
     }
@@ -186,6 +215,8 @@ impl Total {
         self.answered += other.answered;
         self.residue += other.residue;
         self.hazards.add(&other.hazards);
+        self.met.add(&other.met);
+        self.failures += other.failures;
         if let Some(failed) = other.failed
             && self.failed.as_ref().is_none_or(|mine| failed.0 < mine.0)
         {

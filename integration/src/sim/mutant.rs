@@ -27,6 +27,8 @@ pub enum Mutant {
     NoForgetting,
     /// R2b: as much raw I/O is in flight on a slow device as on a fast one.
     NoPace,
+    /// ADR 0010: blocks are written through the file one by one, whatever else is in their page.
+    PartOfPage,
 }
 
 impl Mutant {
@@ -42,9 +44,10 @@ impl Mutant {
         Self::PartialRawWrites,
         Self::NoForgetting,
         Self::NoPace,
+        Self::PartOfPage,
     ];
 
-    /// Whether it is a rule of the engine that it breaks; three of the mutants are the simulated world's.
+    /// Whether it is a rule of the engine that it breaks; four of the mutants are the simulated world's.
     pub fn is_of_the_engine(self) -> bool {
         Self::rules(Some(self)) != Rules::default()
     }
@@ -59,9 +62,10 @@ impl Mutant {
             Some(Self::PunchUnrounded) => Rules::without_punch_rounding(),
             Some(Self::NoForgetting) => Rules::without_forgetting(),
             Some(Self::NoPace) => Rules::without_pace(),
-            Some(Self::NoCacheCheck | Self::NoFence | Self::PartialRawWrites) | None => {
-                Rules::default()
-            }
+            Some(
+                Self::NoCacheCheck | Self::NoFence | Self::PartialRawWrites | Self::PartOfPage,
+            )
+            | None => Rules::default(),
         }
     }
 }

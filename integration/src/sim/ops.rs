@@ -235,10 +235,7 @@ impl World {
             if shared {
                 self.hit(Hazard::CopyOnWrite);
             }
-            let spb = self.host.spb;
-            let partial = !flight.sectors.start.is_multiple_of(spb)
-                || !flight.sectors.end.is_multiple_of(spb);
-            let more = if fresh || shared || partial { 1 } else { 4 };
+            let more = if fresh || shared { 1 } else { 4 };
             flight.buffered = self.rng.chance(self.scenario.fallback / more);
         } else if flight.class == Class::FileRead {
             flight.buffered = self.rng.chance(self.scenario.buffered_reads);
@@ -259,6 +256,9 @@ impl World {
         }
         if flight.class == Class::FileWrite && flight.moved < flight.sectors.len() {
             self.stop_at_block(flight);
+            if flight.error == 0 && !flight.moved.is_multiple_of(self.scenario.unit()) {
+                self.hit(Hazard::ShortInsideBlock);
+            }
         }
         if flight.error != 0 {
             self.note_error();
@@ -306,7 +306,12 @@ impl World {
             Class::FileRead => self.file_read_step(&mut flight),
             Class::FileWrite => self.file_write_step(key, &mut flight),
             Class::FileZeroes => self.file_zeroes_step(&mut flight),
-            Class::SyncImage if flight.error == 0 => self.host.fsync(),
+            Class::SyncImage if flight.error == 0 => {
+                self.host.fsync();
+                if std::mem::take(&mut self.host.kept_stale) {
+                    flight.error = EIO;
+                }
+            }
             Class::SyncDevice if flight.error == 0 => self.host.flush_disk(),
             Class::SyncImage | Class::SyncDevice => {}
         }

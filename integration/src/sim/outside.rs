@@ -7,6 +7,7 @@ use std::ops::Range;
 use super::disk::ZERO;
 use super::hazard::Hazard;
 use super::ops::Class;
+use super::pagecache::PAGE;
 use super::scenario::LEASE_BREAK;
 use super::world::{Event, World};
 
@@ -236,11 +237,12 @@ impl World {
         start..(start + 1 + self.rng.index(4 * self.host.spb)).min(size)
     }
 
-    /// Whether the guest writes in the sector's block: it is written as a whole then, and two who
-    /// write the same block at once lose one's bytes on any system.
+    /// Whether the guest writes in the sector's page: it is written as a whole then, and two who
+    /// write the same page at once lose one's bytes on any system.
     fn is_contended(&self, sector: usize) -> bool {
-        let mut block = self.host.sectors_of(sector / self.host.spb);
-        block.any(|s| s < self.scenario.sectors() && self.model.contended(s))
+        let first = sector - sector % PAGE;
+        let end = (first + PAGE).min(self.scenario.sectors());
+        (first..end).any(|s| self.model.contended(s))
     }
 
     fn outside_read(&mut self) {

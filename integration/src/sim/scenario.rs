@@ -8,8 +8,13 @@ use extentd::engine::keeper::Start;
 use extentd::engine::units::{FileRange, SECTOR};
 
 use super::mutant::Mutant;
+use super::pagecache;
 use super::rng::Rng;
 use super::slow::{self, SlowDevice};
+
+/// Bytes in a page: no filesystem's block here is larger.
+const PAGE: u32 = 4096;
+const _: () = assert!(pagecache::PAGE * 512 == PAGE as usize);
 
 /// `/proc/sys/fs/lease-break-time`, in microseconds.
 pub(super) const LEASE_BREAK: u64 = 1_000_000;
@@ -117,7 +122,9 @@ impl Scenario {
         let blocks = if identity { blocks } else { sectors.div_ceil(spb) };
         let file_size = if identity { blocks * spb } else { sectors } as u64 * SECTOR;
         let window = window(rng, file_size, u64::from(dev_block));
-        let mut geometry = geometry(rng, file_size, (fs_block, dev_block), identity);
+        // A page of several blocks is written as one (ADR 0010).
+        let unit = if identity || mutant == Some(Mutant::PartOfPage) { fs_block } else { PAGE };
+        let mut geometry = geometry(rng, file_size, (unit, dev_block), identity);
         // The filesystem keeps its own blocks in the device's page cache, or it does not.
         let buffers = !identity && rng.chance(500);
         if buffers && mutant != Some(Mutant::PartialRawWrites) {
@@ -165,6 +172,11 @@ impl Scenario {
             slow_device: None,
             mutant,
         }
+    }
+
+    /// Sectors that the file is written in multiples of.
+    pub(super) fn unit(&self) -> usize {
+        sectors(u64::from(self.geometry.fs_block))
     }
 
     pub(super) fn identity(&self) -> bool {

@@ -103,7 +103,17 @@ impl World {
             (false, _) => {
                 // The data's I/O has ended: a commit's barrier covers it.
                 self.host.disk.acknowledge(key);
+                let before = std::mem::take(&mut self.host.kept_stale);
                 self.host.convert(&range, &flight.copies, &mut self.rng);
+                if self.host.kept_stale {
+                    self.hit(Hazard::KeptStale);
+                    // Of two writes to the same place at once, one may meet the other's page.
+                    if self.guest.overlapped {
+                        self.note_error();
+                    }
+                    self.trace(|| format!("the page cache kept pages of {range:?}"));
+                }
+                self.host.kept_stale |= before;
             }
         }
     }

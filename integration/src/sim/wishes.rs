@@ -41,6 +41,7 @@ impl World {
             }
             if let Some(range) = self.range_under_way() {
                 self.hit(Hazard::Overlap);
+                self.guest.overlapped = true;
                 return Kind::Write(file_range(&range));
             }
         }
