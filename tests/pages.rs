@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Filesystems whose blocks are smaller than a page (ADR 0010): the page cache keeps or drops a page as a whole.
+//! Filesystems whose blocks are smaller than a page (ADR 0010): the page cache keeps or drops a
+//! page as a whole.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -23,9 +24,10 @@ fn read_all_the_time(image: &File, place: &AtomicU64, stop: &AtomicBool) {
     }
 }
 
-/// Without extents a write to a hole goes through the page cache, which makes the page dirty for a moment. A direct write to another
-/// block of the page that ends in that moment cannot drop the page: readers would go on seeing what was there when they read it
-/// into the cache, and the kernel says EIO to the guest's next FLUSH.
+/// Without extents a write to a hole goes through the page cache, which makes the page dirty for a
+/// moment. A direct write to another block of the page that ends in that moment cannot drop the
+/// page: readers would go on seeing what was there when they read it into the cache, and the kernel
+/// says EIO to the guest's next FLUSH.
 #[test]
 fn a_write_beside_a_hole_is_seen_by_readers_and_flushes_well() {
     let Some(rig) = Rig::enter() else { return };

@@ -46,8 +46,9 @@ pub use worker::Worker;
 pub struct Geometry {
     /// Size of the image file in bytes (any number); block-wise file writes never go past it.
     pub file_size: u64,
-    /// The granule of file writes and locks in bytes (R10a): the filesystem's block, or the page where that holds several,
-    /// because the page cache keeps or drops a page as a whole (ADR 0010).
+    /// The granule of file writes and locks in bytes (R10a): the filesystem's block, or the page
+    /// where that holds several, because the page cache keeps or drops a page as a whole (ADR
+    /// 0010).
     pub fs_block: u32,
     /// What offset and length of O_DIRECT through the file must be multiples of, in bytes.
     pub file_align: u32,

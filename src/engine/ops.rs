@@ -282,8 +282,9 @@ impl Worker {
         self.go_on(io, id, op);
     }
 
-    /// Takes in `bytes` of a transfer that ended early. A write goes on at a whole block of what caches its target, the
-    /// device's page cache (ADR 0004) or the file's (R10a), and gives up if it never gets that far.
+    /// Takes in `bytes` of a transfer that ended early. A write goes on at a whole block of what
+    /// caches its target, the device's page cache (ADR 0004) or the file's (R10a), and gives up if
+    /// it never gets that far.
     fn moved_on(&self, op: &mut PieceOp, bytes: u32) -> bool {
         let before = op.done;
         op.done += bytes;

@@ -157,7 +157,8 @@ fn a_short_transfer_goes_on_and_an_error_fails_its_request_alone() {
     assert_eq!(rig.read(range(0, 1))[512..], vec![3; BLOCK as usize - 512]);
 }
 
-/// R10a: the rest of a block on its own could go through the page cache, beside raw writes to the block.
+/// R10a: the rest of a block on its own could go through the page cache, beside raw writes to the
+/// block.
 #[test]
 fn a_short_file_write_goes_on_at_a_whole_block() {
     for (start, states) in [(Start::Filesystem, MAPPED), (Start::Eligible, HOLES)] {
@@ -192,8 +193,8 @@ fn a_file_write_that_never_gets_a_block_on_fails() {
     assert!(rig.world.log.len() < 100);
 }
 
-/// Two raw pieces of a request that lie in one block of the file are planned again: through the file each is a
-/// read-modify-write of that block, and they must not meet.
+/// Two raw pieces of a request that lie in one block of the file are planned again: through the
+/// file each is a read-modify-write of that block, and they must not meet.
 #[test]
 fn pieces_of_a_request_that_meet_in_a_block_of_the_file_take_turns() {
     for lost in [false, true] {

@@ -14,7 +14,8 @@ pub struct Bounds {
     pub device_size: u64,
     /// The filesystem's block size.
     pub fs_block: u64,
-    /// What the file is written and locked in multiples of: a block, or a page of several (ADR 0010).
+    /// What the file is written and locked in multiples of: a block, or a page of several (ADR
+    /// 0010).
     pub unit: u64,
     /// What raw writes are multiples of.
     pub write_block: u64,
@@ -33,8 +34,8 @@ fn state(flags: u32) -> State {
 
 /// The extents inside `range` (whole units), in order. What lies between is a hole.
 ///
-/// A unit that lies in more than one extent, or is a hole in part, is opaque: it is written as a whole, through the file,
-/// and no part of it may be written raw meanwhile.
+/// A unit that lies in more than one extent, or is a hole in part, is opaque: it is written as a
+/// whole, through the file, and no part of it may be written raw meanwhile.
 #[must_use]
 pub fn translate(raw: &[RawExtent], range: FileRange, bounds: &Bounds) -> Vec<Extent> {
     let mut out = Vec::with_capacity(raw.len() + 1);
@@ -70,7 +71,8 @@ pub fn translate(raw: &[RawExtent], range: FileRange, bounds: &Bounds) -> Vec<Ex
     out
 }
 
-/// What may be done with an extent: nothing raw where it is not what a regular file's extent must be.
+/// What may be done with an extent: nothing raw where it is not what a regular file's extent must
+/// be.
 fn usable(extent: &RawExtent, exact: FileRange, bounds: &Bounds) -> State {
     let state = state(extent.flags);
     let placed = matches!(state, State::Mapped | State::Shared);

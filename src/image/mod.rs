@@ -224,7 +224,8 @@ impl Image {
         &self.geometry
     }
 
-    /// The filesystem's own block size in bytes, where `geometry().fs_block` may be a page of several (ADR 0010).
+    /// The filesystem's own block size in bytes, where `geometry().fs_block` may be a page of
+    /// several (ADR 0010).
     #[must_use]
     pub const fn fs_block(&self) -> u32 {
         self.fs_block

@@ -220,8 +220,8 @@ fn geometry(
     fs_block: u32,
     lease_break_time: Duration,
 ) -> Geometry {
-    // A page that holds several blocks stays in the page cache, stale, when a direct write to one of them ends while
-    // another is dirty. So none is written without the others (ADR 0010).
+    // A page that holds several blocks stays in the page cache, stale, when a direct write to one
+    // of them ends while another is dirty. So none is written without the others (ADR 0010).
     let unit = match own {
         Some(_) => fs_block,
         None => fs_block.max(u32::try_from(page_cache::page_size()).unwrap_or(PAGE)),

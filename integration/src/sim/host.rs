@@ -33,8 +33,8 @@ pub(super) struct Host {
     pub(super) barriers: bool,
     /// A direct write could not drop a page that was dirty again: the next fsync says EIO.
     pub(super) kept_stale: bool,
-    /// A shared block that a size change behind the daemon's back has the kernel copy: raw reads of the old place
-    /// are residue (R5a).
+    /// A shared block that a size change behind the daemon's back has the kernel copy: raw reads of
+    /// the old place are residue (R5a).
     pub(super) cut_shared: Option<usize>,
     /// A commit that the disk has only in its cache.
     unflushed: bool,

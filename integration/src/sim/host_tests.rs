@@ -112,8 +112,8 @@ fn shrinking_to_inside_a_block_zeroes_its_rest_through_the_cache() {
     assert_eq!(host.layout.block(2).place, NOWHERE);
 }
 
-/// What seeds 29794 and 65104 found, when blocks of a page were written one by one (ADR 0010). ext2, ext4 and XFS do it:
-/// `tests/pages.rs`.
+/// What seeds 29794 and 65104 found, when blocks of a page were written one by one (ADR 0010).
+/// ext2, ext4 and XFS do it: `tests/pages.rs`.
 #[test]
 fn a_page_stays_stale_under_a_direct_write_if_another_of_its_blocks_is_dirty() {
     let (small, mut rng) = (2, Rng::new(3));
@@ -129,7 +129,8 @@ fn a_page_stays_stale_under_a_direct_write_if_another_of_its_blocks_is_dirty() {
     host.convert(&(0..2), &copies, &mut rng);
     assert!(host.kept_stale, "the next fsync says EIO");
     assert_eq!((host.visible(0), host.stored(0)), (5, 6));
-    // Blocks that are not dirty stay where they are; one that becomes so in part takes the rest along.
+    // Blocks that are not dirty stay where they are; one that becomes so in part takes the rest
+    // along.
     host.fsync();
     assert_eq!(host.stored(0), 6);
     host.buffered_write(1, 8);
@@ -137,8 +138,8 @@ fn a_page_stays_stale_under_a_direct_write_if_another_of_its_blocks_is_dirty() {
     assert_eq!((host.stored(0), host.stored(1)), (5, 8));
 }
 
-/// Seed 104167: the block with the new end was shared, and is copied to have its rest zeroed. Raw reads of the old place are
-/// residue like those of what the cut has freed.
+/// Seed 104167: the block with the new end was shared, and is copied to have its rest zeroed. Raw
+/// reads of the old place are residue like those of what the cut has freed.
 #[test]
 fn a_shared_block_with_a_new_end_leaves_residue_if_nobody_was_told() {
     for residue in [true, false] {

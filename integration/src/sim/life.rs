@@ -133,8 +133,8 @@ impl Sim {
         self.shut_down();
     }
 
-    /// Whether direct mode is on and some block has to be read raw: one unit that can be proven (R6), and
-    /// nothing that could keep it from being mapped.
+    /// Whether direct mode is on and some block has to be read raw: one unit that can be proven
+    /// (R6), and nothing that could keep it from being mapped.
     fn must_be_raw(&self) -> bool {
         let (world, scenario) = (&self.world, &self.world.scenario);
         let hampered = scenario.errors + scenario.stuck + scenario.buffered_reads > 0;

@@ -54,7 +54,8 @@ pub struct Options {
     /// The first of them; a run that failed is had again with the base it printed.
     #[arg(long, default_value_t = 0, value_name = "SEED", conflicts_with = "seed")]
     base: u64,
-    /// Go through all seeds whatever fails, and count in how many each hazard is met and each mutant is caught.
+    /// Go through all seeds whatever fails, and count in how many each hazard is met and each
+    /// mutant is caught.
     #[arg(long, conflicts_with_all = ["seed", "mutant", "exhaustive"])]
     rates: bool,
     /// Run this seed alone and print all of its trace.

@@ -47,7 +47,8 @@ impl Mutant {
         Self::PartOfPage,
     ];
 
-    /// Whether it is a rule of the engine that it breaks; four of the mutants are the simulated world's.
+    /// Whether it is a rule of the engine that it breaks; four of the mutants are the simulated
+    /// world's.
     pub fn is_of_the_engine(self) -> bool {
         Self::rules(Some(self)) != Rules::default()
     }

@@ -115,7 +115,8 @@ impl Cache {
         self.forget(sectors, true);
     }
 
-    /// What the kernel does after a direct write: a page dirtied meanwhile stays, with all that it holds. Whether one did.
+    /// What the kernel does after a direct write: a page dirtied meanwhile stays, with all that it
+    /// holds. Whether one did.
     pub(super) fn invalidate_clean(&mut self, sectors: &Range<usize>) -> bool {
         self.forget(sectors, false);
         self.pages.range(pages_of(sectors)).any(|(_, page)| page.dirty != 0)

@@ -109,8 +109,9 @@ impl Scenario {
         let fs_block: u32 = if dev_block == 512 && rng.chance(300) { 1024 } else { 4096 };
         let spb = usize::try_from(u64::from(fs_block) / SECTOR).unwrap_or(1);
         // Now and then an image of more extents than the map may hold.
-        let vast = fs_block == 1024 && rng.chance(200);
-        let blocks = if vast { 700 } else { slow::blocks(slow, rng) };
+        let vast = rng.chance(if fs_block == 1024 { 200 } else { 30 });
+        let many = if fs_block == 1024 { 700 } else { 180 };
+        let blocks = if vast { many } else { slow::blocks(slow, rng) };
         let tail = if dev_block == 512 && rng.chance(300) { rng.index(spb) } else { 0 };
         let sectors = blocks * spb + tail;
         let start = match rng.below(40) {
@@ -141,7 +142,7 @@ impl Scenario {
             spb,
             workers: 1 + rng.index(4),
             queue_depth: 2 + rng.index(7),
-            max_extents: if vast { 4 + rng.index(60) } else { 1 << 20 },
+            max_extents: if vast { 4 + rng.index(40) } else { 1 << 20 },
             populate: rng.chance(200),
             batch: if rng.chance(350) { 1 + rng.index(6) } else { usize::MAX },
             longest: if vast { sectors } else { 128 },

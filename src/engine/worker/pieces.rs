@@ -103,8 +103,9 @@ impl Worker {
         }
     }
 
-    /// Whether a read-modify-write through the file would meet another piece of its own request in the same unit: of pieces that
-    /// were raw and are planned again, several may lie in one. The lock keeps only other requests out.
+    /// Whether a read-modify-write through the file would meet another piece of its own request in
+    /// the same unit: of pieces that were raw and are planned again, several may lie in one. The
+    /// lock keeps only other requests out.
     fn meets_its_own(&self, tag: Tag, access: Access, piece: &Piece) -> bool {
         access.write
             && piece.route == Route::File
