@@ -90,6 +90,10 @@ impl World {
         if !self.scenario.identity() && !self.lease.is_held() {
             self.fail(format!("{:?} at {:?} without a lease", flight.class, flight.sectors));
         }
+        if let Some(block) = flight.blocks.iter().find(|block| self.is_tail(**block)) {
+            let what = "the file ends in it, and what is behind the end is not ours";
+            self.fail(format!("{:?} of block {block}: {what}", flight.class));
+        }
         let write = flight.class == Class::RawWrite;
         for sector in flight.sectors.clone() {
             self.check_place(sector, write, "submitted");
@@ -116,6 +120,12 @@ impl World {
                 self.fail(format!("raw write to block {block} under a dirty page (R10a)"));
             }
         }
+    }
+
+    /// Whether the file, as the daemon opened it, ends inside this block.
+    pub(super) fn is_tail(&self, block: usize) -> bool {
+        let end = self.scenario.sectors();
+        block * self.host.spb < end && end < (block + 1) * self.host.spb
     }
 
     /// R10a from the other side, and whole blocks only.
@@ -150,6 +160,8 @@ impl World {
                 self.residue += 1;
                 return;
             }
+            // What the guest gets to see of it is the judge.
+            Owner::Canary if !write && self.scenario.hard.read_only => return,
             _ => {
                 self.fail(format!("{what} {when} at sector {sector} of a block of {owner:?}"));
                 return;

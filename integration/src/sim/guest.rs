@@ -145,6 +145,13 @@ impl Guest {
     }
 }
 
+impl Pending {
+    /// Whether it was asked with this number or a later one.
+    pub(super) const fn is_since(&self, number: u64) -> bool {
+        self.number >= number
+    }
+}
+
 impl World {
     /// The guest's sectors.
     pub(super) fn window(&self) -> Range<usize> {
@@ -260,7 +267,9 @@ impl World {
         // A flush that fails because an earlier one has (R16) says nothing of what is on the disk.
         if ok || pending.request.kind != Kind::Flush {
             self.check_strict(worker, pending.number);
+            self.check_fence(worker, tag);
         }
+        self.note_trim(pending.request.kind, ok);
         if !ok && !self.guest.excused {
             self.fail(format!("{:?} failed without a cause: {status:?}", pending.request.kind));
         }

@@ -39,6 +39,15 @@ impl Jobs {
         matches!(self.queue.front(), Some((_, Job::Enter | Job::Confirm)))
     }
 
+    /// What punches that have not ended keep parked.
+    pub(super) fn punches(&self) -> Vec<Range<usize>> {
+        let punch = |(_, job): &(JobId, Job)| match job {
+            Job::Punch { range } => Some(sectors(range.start)..sectors(range.end)),
+            Job::Map { .. } | Job::Enter | Job::Confirm => None,
+        };
+        self.queue.iter().filter_map(punch).collect()
+    }
+
     pub(super) fn clear(&mut self) {
         *self = Self::default();
     }
@@ -72,13 +81,17 @@ impl World {
     }
 
     fn next_step(&mut self) {
-        let delay = self.delay(20, 6_000);
+        let longest = if self.scenario.hard.slow_helper { 60_000 } else { 6_000 };
+        let delay = self.delay(20, longest);
         self.daemon_after(delay, Event::Job);
     }
 
     /// The job at hand goes one step on.
     pub(super) fn job_step(&mut self) {
         let Some((id, job)) = self.jobs.queue.front().copied() else { return };
+        if self.hangs(job) {
+            return;
+        }
         let done = match job {
             Job::Map { range, max_extents } => self.map_step(range, max_extents).map(JobDone::Map),
             Job::Enter => self.enter_step().map(JobDone::Enter),
@@ -118,6 +131,12 @@ impl World {
             self.hit(Hazard::IoError);
         }
         fails
+    }
+
+    /// FIEMAP fails where the map does not hold all extents, and what was evicted comes back as unknown.
+    fn map_fails(&mut self) -> bool {
+        let unmapped = self.scenario.hard.unmapped;
+        unmapped > 0 && self.rng.chance(unmapped)
     }
 
     fn enter_step(&mut self) -> Option<Result<(), Refusal>> {
@@ -163,7 +182,7 @@ impl World {
         if self.job_fails() {
             return Some(Err(-EIO));
         }
-        if self.ops.values().any(InFlight::holds_layout) {
+        if self.ops.values().any(InFlight::holds_layout) || self.holds_punch() {
             return None;
         }
         if !self.scenario.punches {
@@ -195,7 +214,7 @@ impl World {
         let middle = blocks.start + blocks.len() / 2;
         let step = self.jobs.step;
         match step {
-            0 if self.job_fails() => Some(Err(-EIO)),
+            0 if self.job_fails() || self.map_fails() => Some(Err(-EIO)),
             0 => {
                 self.host.sync_range(&span);
                 self.drop_pages(&span);
@@ -222,7 +241,12 @@ impl World {
         }
         for block in blocks {
             let entry = self.host.layout.block(block);
-            let beyond = (block + 1) * self.host.spb > self.host.layout.size();
+            let mut beyond = (block + 1) * self.host.spb > self.host.layout.size();
+            // The filesystem says of the file's last block what it says of any.
+            if beyond && self.is_tail(block) && self.host.layout.size() == self.scenario.sectors() {
+                beyond = false;
+                self.hit(Hazard::TailMapped);
+            }
             let delayed = self.host.sectors_of(block).any(|s| self.host.cache.is_dirty(s));
             let state = match entry {
                 _ if beyond => State::Opaque,
@@ -240,8 +264,10 @@ impl World {
         let block_bytes = bytes(self.host.spb);
         let unit = bytes(self.scenario.unit());
         let mut answer = MapAnswer { covered: range, ..MapAnswer::default() };
+        let few = self.scenario.hard.ragged && self.rng.chance(500);
+        let most = if few { 1 + self.rng.index(6) } else { self.scenario.batch };
         // As many as a page has blocks at least: the daemon asks for no fewer.
-        let most = self.scenario.batch.min(max as usize).max(sectors(unit) / self.host.spb);
+        let most = most.min(max as usize).max(sectors(unit) / self.host.spb);
         let (lies, places) = (self.scenario.lies, self.host.layout.places());
         let mut raws: Vec<RawExtent> = Vec::new();
         for (block, found, place) in std::mem::take(&mut self.jobs.found) {

@@ -6,6 +6,7 @@ use super::mutant::Mutant;
 use super::outside::Errand;
 use super::run::Sim;
 use super::scenario::LEASE_BREAK;
+use super::sharing;
 use super::world::{Event, Stalls};
 use extentd::engine::keeper::Start;
 
@@ -16,7 +17,7 @@ const RETURN: u64 = 900_000_000;
 
 /// What can go wrong.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Incident {
+pub(super) enum Incident {
     Open(Errand),
     /// Some threads stop, and somebody opens the image meanwhile.
     StopAll,
@@ -27,6 +28,8 @@ enum Incident {
     PowerCut,
     Session,
     SwitchCache,
+    /// The guest fills its queues, and somebody opens the image.
+    Burst,
 }
 
 const INCIDENTS: &[(Incident, u64)] = &[
@@ -45,6 +48,7 @@ const INCIDENTS: &[(Incident, u64)] = &[
     (Incident::PowerCut, 7),
     (Incident::Session, 6),
     (Incident::SwitchCache, 3),
+    (Incident::Burst, 8),
 ];
 
 /// On a slow device mostly those that free blocks or move them.
@@ -65,7 +69,8 @@ impl Sim {
     }
 
     fn phase(&mut self) {
-        let most = if self.world.scenario.hot == 1 { 50 } else { 22 };
+        let busy = self.world.scenario.hot == 1 || self.world.scenario.hard.ragged;
+        let most = if busy { 50 } else { 22 };
         // Enough to keep a slow device busy for longer than a break may take.
         let times = if self.world.scenario.slow_device.is_some() { 4 } else { 1 };
         let requests = self.world.rng.range(3, most) * times;
@@ -75,7 +80,7 @@ impl Sim {
             self.world.guest.to_issue += 1;
             self.world.after(at, Event::Issue);
         }
-        if self.world.rng.chance(800) {
+        if self.world.rng.chance(if self.world.scenario.hard.ragged { 300 } else { 800 }) {
             let at = self.world.rng.below(span + span / 4);
             self.world.after(at, Event::Incident);
         }
@@ -94,7 +99,7 @@ impl Sim {
     }
 
     /// Lets events happen until `enough` or the given time.
-    fn run_until(&mut self, limit: u64, enough: impl Fn(&Self) -> bool) {
+    pub(super) fn run_until(&mut self, limit: u64, enough: impl Fn(&Self) -> bool) {
         while self.world.now < limit && !enough(self) && self.advance() {}
     }
 
@@ -106,6 +111,7 @@ impl Sim {
     fn reckon(&mut self) {
         self.world.trace(|| "peace".into());
         self.world.peace = true;
+        self.outlive_hang();
         self.until_answered("at the end");
         if self.world.violation.is_some() {
             return;
@@ -137,7 +143,9 @@ impl Sim {
     /// (R6), and nothing that could keep it from being mapped.
     fn must_be_raw(&self) -> bool {
         let (world, scenario) = (&self.world, &self.world.scenario);
-        let hampered = scenario.errors + scenario.stuck + scenario.buffered_reads > 0;
+        let hampered = scenario.errors + scenario.stuck + scenario.buffered_reads > 0
+            || scenario.hard.read_only
+            || scenario.hard.unmapped > 0;
         let window = world.window();
         let (host, unit) = (&world.host, scenario.unit());
         let plain = |nth: usize| {
@@ -196,7 +204,11 @@ impl Sim {
 
     pub(super) fn incident(&mut self) {
         let slow = self.world.scenario.slow_device.is_some() && self.world.rng.chance(700);
-        let incidents = if slow { MOVERS } else { INCIDENTS };
+        let incidents = match (slow, self.world.scenario.hard.read_only) {
+            (true, _) => MOVERS,
+            (false, true) => sharing::INCIDENTS,
+            (false, false) => INCIDENTS,
+        };
         let Some(incident) = self.world.rng.weighted(incidents) else { return };
         if self.world.peace {
             return;
@@ -223,6 +235,7 @@ impl Sim {
                 self.closing = true;
             }
             Incident::Session => {}
+            Incident::Burst => self.burst(),
             Incident::SwitchCache => {
                 let on = self.world.guest.switch_cache();
                 for worker in self.workers.values_mut() {
@@ -258,6 +271,26 @@ impl Sim {
         }
     }
 
+    /// Every queue is full at once, and then somebody opens the image.
+    fn burst(&mut self) {
+        if !self.world.scenario.hard.bursts || self.closing {
+            return;
+        }
+        for id in self.workers.keys().copied().collect::<Vec<_>>() {
+            for _ in 0..self.world.scenario.queue_depth {
+                if !self.world.is_stalled(id) {
+                    self.ask_of(id);
+                }
+            }
+        }
+        let delay = self.world.rng.below(2_000);
+        let until = self.world.now + delay;
+        self.run_until(until, |_| false);
+        if !self.world.scenario.identity() {
+            self.world.open(Errand::Read);
+        }
+    }
+
     fn end_life(&mut self) {
         self.world.alive = false;
         self.world.life += 1;
@@ -268,6 +301,7 @@ impl Sim {
         self.world.ended.clear();
         self.world.bounce.clear();
         self.world.stalls = Stalls::default();
+        self.world.strain.end_life();
         let before = self.world.guest.to_issue;
         self.world.drop_requests();
         for _ in before..self.world.guest.to_issue {
@@ -277,11 +311,14 @@ impl Sim {
     }
 
     /// SIGKILL: what is in flight goes on; lease and lock stay until it has ended (R1a).
-    fn kill(&mut self) {
+    pub(super) fn kill(&mut self) {
         if !self.world.alive {
             return;
         }
         self.world.hit(Hazard::Kill);
+        for lost in self.world.strain.rings.lose() {
+            self.world.ops.remove(&lost);
+        }
         self.world.pin_all();
         self.end_life();
         if self.world.scenario.is(Mutant::NoFence) {

@@ -10,13 +10,18 @@
 
 mod check;
 mod disk;
+mod evictions;
 mod explore;
+mod fences;
 mod former;
 mod guest;
+mod hang;
+mod hardship;
 mod hazard;
 mod host;
 mod host_layout;
 mod jobs;
+mod joins;
 mod layout;
 mod life;
 mod memory;
@@ -26,11 +31,15 @@ mod ops;
 mod outside;
 mod pagecache;
 mod rates;
+mod ring;
 mod rng;
 mod run;
 mod scenario;
+mod sharing;
 mod slow;
 mod steps;
+mod strain;
+mod trims;
 mod wishes;
 mod world;
 

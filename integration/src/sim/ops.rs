@@ -205,14 +205,15 @@ impl World {
             self.note_error();
             return Poll::Ready(EIO);
         }
+        if let Some(result) = self.try_again(class) {
+            return Poll::Ready(result);
+        }
         self.draw_faults(&mut flight);
         self.raw += u64::from(class.is_raw());
         let key = self.next_key;
         self.next_key += 1;
         self.ops.insert(key, flight);
-        let device = if class.is_raw() { self.device_delay(u64::from(len)) } else { 0 };
-        let delay = device + self.op_delay();
-        self.after(delay, Event::Step(key));
+        self.hand_over(key, worker);
         Poll::Pending
     }
 
@@ -283,7 +284,7 @@ impl World {
         }
     }
 
-    fn op_delay(&mut self) -> u64 {
+    pub(super) fn op_delay(&mut self) -> u64 {
         let high = if self.rng.chance(self.scenario.slow) { 40_000 } else { 1_500 };
         self.delay(20, high)
     }
@@ -333,11 +334,16 @@ impl World {
         let moved = i32::try_from(bytes).unwrap_or(i32::MAX);
         let result = if flight.error == 0 { moved } else { flight.error };
         self.trace(|| format!("w{} end {} = {result}", flight.worker.0, flight.id.0));
-        let Some(ended) = self.ended.get_mut(&flight.worker) else { return };
-        ended.push_back(Completion { id: flight.id, result });
+        self.deliver(flight.worker, Completion { id: flight.id, result });
+    }
+
+    /// A worker gets a completion.
+    pub(super) fn deliver(&mut self, worker: WorkerId, done: Completion) {
+        let Some(ended) = self.ended.get_mut(&worker) else { return };
+        ended.push_back(done);
         if ended.len() == 1 {
             let delay = self.delay(1, 60);
-            self.daemon_after(delay, Event::Reap(flight.worker));
+            self.daemon_after(delay, Event::Reap(worker));
         }
     }
 }

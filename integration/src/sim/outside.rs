@@ -25,6 +25,11 @@ impl Lease {
         self.held
     }
 
+    /// The break under way.
+    pub(super) const fn number(&self) -> Option<u64> {
+        self.breaking
+    }
+
     pub(super) const fn is_breaking(&self) -> bool {
         self.held && self.breaking.is_some()
     }
@@ -52,6 +57,10 @@ pub(super) enum Errand {
     Clone,
     /// Opens with O_NONBLOCK: goes away at once, and the break is on.
     Glance,
+    /// Has the filesystem share its blocks with a file that has the same bytes.
+    Deduplicate,
+    /// Serves it read-only, too.
+    Instance,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -73,13 +82,28 @@ impl Outside {
     pub(super) fn anybody(&self) -> bool {
         !self.openers.is_empty()
     }
+
+    /// Other instances that are in, each with a lease of its own if that is a shared one.
+    pub(super) fn instances(&self) -> usize {
+        self.openers.values().filter(|o| o.inside && o.errand == Errand::Instance).count()
+    }
+
+    /// Somebody is being kept waiting.
+    pub(super) fn writer_waits(&self) -> bool {
+        self.openers.values().any(|o| !o.inside)
+    }
+
+    fn errands(&self) -> impl Iterator<Item = Errand> + '_ {
+        self.openers.values().map(|o| o.errand)
+    }
 }
 
 impl World {
     /// Somebody opens the image.
     pub(super) fn open(&mut self, errand: Errand) {
         self.trace(|| format!("outside opens to {errand:?}"));
-        if self.lease.held && self.lease.breaking.is_none() {
+        let breaks = self.breaks_lease(errand);
+        if self.lease.held && self.lease.breaking.is_none() && breaks {
             self.begin_break();
         }
         if errand == Errand::Glance {
@@ -90,9 +114,7 @@ impl World {
         self.outside.next += 1;
         let deeds = self.rng.range(1, 5);
         self.outside.openers.insert(id, Opener { errand, inside: false, deeds });
-        if !self.lease.held {
-            self.let_in();
-        }
+        self.let_in();
     }
 
     fn begin_break(&mut self) {
@@ -113,14 +135,19 @@ impl World {
         }
         let signal = self.delay(5, 2_000);
         self.daemon_after(signal, Event::LeaseSignal);
+        self.time_break(id, signal);
         self.after(LEASE_BREAK, Event::Forced(id));
     }
 
-    /// Everybody who waits at the door comes in.
+    /// Every opener that waits and no longer has to comes in.
     fn let_in(&mut self) {
-        let waiting: Vec<u64> =
-            self.outside.openers.iter().filter(|(_, o)| !o.inside).map(|(id, _)| *id).collect();
-        for id in waiting {
+        let waiting = self.outside.openers.iter().filter(|(_, o)| !o.inside);
+        let waiting: Vec<_> = waiting.map(|(id, o)| (*id, o.errand)).collect();
+        for (id, errand) in waiting {
+            if !self.may_enter(errand) {
+                continue;
+            }
+            self.note_entry(errand);
             if let Some(opener) = self.outside.openers.get_mut(&id) {
                 opener.inside = true;
             }
@@ -129,11 +156,12 @@ impl World {
         }
     }
 
-    /// F_SETLEASE: granted when nobody else has the file open.
+    /// F_SETLEASE: granted when nobody else has the file open in a way that would break it.
     pub(super) fn take_lease(&mut self) -> bool {
-        if self.outside.anybody() || self.lease.held {
+        if self.outside.errands().any(|e| self.breaks_lease(e)) || self.lease.held {
             return false;
         }
+        self.note_lease();
         self.lease.held = true;
         self.lease.breaking = None;
         true
@@ -149,6 +177,9 @@ impl World {
 
     /// The daemon gives the lease up (R2).
     pub(super) fn drop_lease(&mut self) {
+        if self.keeps_lease() {
+            return;
+        }
         self.trace(|| "lease dropped".into());
         let raw = self.raw_in_flight().next().map(|o| (o.class, o.sectors.clone()));
         if let Some((class, sectors)) = raw
@@ -191,7 +222,7 @@ impl World {
     /// An opener does one thing, or leaves.
     pub(super) fn opener_acts(&mut self, id: u64) {
         let Some(mut opener) = self.outside.openers.remove(&id) else { return };
-        if opener.deeds == 0 {
+        if opener.deeds == 0 || opener.errand == Errand::Instance && self.instance_acts() {
             self.opener_leaves(opener.errand);
             return;
         }
@@ -204,6 +235,7 @@ impl World {
     }
 
     fn opener_leaves(&mut self, errand: Errand) {
+        self.let_in();
         self.trace(|| format!("outside has done with {errand:?}"));
         let whole = self.scenario.sectors();
         if errand == Errand::Truncate && self.host.layout.size() < whole && self.rng.chance(800) {
@@ -226,7 +258,8 @@ impl World {
             Errand::Defragment if self.scenario.identity() => {}
             Errand::Defragment => self.host.relocate(block, &mut self.rng),
             Errand::Clone => self.host.share(block),
-            Errand::Glance => {}
+            Errand::Deduplicate => self.deduplicate(block),
+            Errand::Glance | Errand::Instance => {}
         }
         true
     }
@@ -271,6 +304,7 @@ impl World {
                 self.model.overwrite(sector, stamp);
                 self.tell_readers(&(sector..sector + 1), |_| stamp);
                 self.maybe_stick(sector);
+                self.read_behind(sector);
             }
         }
         let later = self.delay(100, 50_000);

@@ -7,7 +7,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use extentd::engine::counters::Counters;
 use extentd::engine::keeper::KeeperConfig;
 use extentd::engine::message::{Action, Drain, Report, ToWorker, WorkerId};
 use extentd::engine::shared::Shared;
@@ -15,6 +14,7 @@ use extentd::engine::units::FileRange;
 use extentd::engine::{Keeper, Worker};
 
 use super::hazard::{Hazard, Hazards};
+use super::joins::Joins;
 use super::mutant::Mutant;
 use super::ops::Port;
 use super::rng::Rng;
@@ -61,7 +61,7 @@ enum Channel {
 #[derive(Debug)]
 pub(super) struct Sim {
     pub(super) world: World,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     pub(super) keeper: Option<Keeper>,
     pub(super) workers: BTreeMap<WorkerId, Worker>,
     next_worker: u32,
@@ -73,7 +73,8 @@ pub(super) struct Sim {
     channels: BTreeMap<Channel, u64>,
     /// The deadline a [`Event::Tick`] is on its way for.
     tick: Option<Duration>,
-    evictions: u64,
+    pub(super) evictions: u64,
+    pub(super) joins: Joins,
 }
 
 impl Sim {
@@ -92,7 +93,14 @@ impl Sim {
             channels: BTreeMap::new(),
             tick: None,
             evictions: 0,
+            joins: Joins::default(),
         }
+    }
+
+    /// A new worker's number.
+    pub(super) fn number_worker(&mut self) -> WorkerId {
+        self.next_worker += 1;
+        WorkerId(self.next_worker - 1)
     }
 
     pub(super) fn now(&self) -> Duration {
@@ -125,31 +133,8 @@ impl Sim {
 
     pub(super) fn start_session(&mut self) {
         self.closing = false;
-        let scenario = self.world.scenario.clone();
         self.world.guest.device_reset();
-        for _ in 0..scenario.workers {
-            let id = WorkerId(self.next_worker);
-            self.next_worker += 1;
-            if let Some(keeper) = &mut self.keeper {
-                keeper.worker_joined(id);
-            }
-            let mut worker = Worker::new(
-                scenario.geometry,
-                Mutant::rules(scenario.mutant),
-                Arc::clone(&self.shared),
-                Arc::new(Counters::default()),
-                u32::try_from(scenario.queue_depth).unwrap_or(u32::MAX),
-            );
-            worker.set_write_through(self.world.guest.write_through);
-            if scenario.strict {
-                worker.set_strict();
-            }
-            let slots = scenario.geometry.bounce_slots as usize;
-            let sectors = scenario.geometry.bounce_bytes as usize / 512;
-            self.world.bounce.insert(id, vec![vec![0; sectors]; slots]);
-            self.world.ended.insert(id, std::collections::VecDeque::new());
-            self.workers.insert(id, worker);
-        }
+        self.join_workers();
         if let Some(keeper) = &mut self.keeper {
             keeper.device_reset();
         }
@@ -181,6 +166,7 @@ impl Sim {
             Event::Reap(id) => self.with_worker(id, |worker, port| worker.reap(port)),
             Event::ToWorker(id, message) => {
                 self.world.trace(|| format!("w{} hears {message:?}", id.0));
+                self.world.note_fence(id, message);
                 self.with_worker(id, |worker, port| worker.message(port, message));
             }
             Event::Job => self.world.job_step(),
@@ -203,6 +189,9 @@ impl Sim {
             }
             Event::Incident => self.incident(),
             Event::Wake => {}
+            Event::Join(session) => self.join_late(session),
+            Event::Enter(id) => self.world.enter(id),
+            Event::Overdue(id) => self.world.check_prompt(id),
             Event::Blackout => self.blackout(),
             event => self.tell_keeper(event, now),
         }
@@ -212,17 +201,11 @@ impl Sim {
     fn tell_keeper(&mut self, event: Event, now: Duration) {
         let Some(keeper) = &mut self.keeper else { return };
         self.world.trace(|| format!("keeper hears {event:?}"));
+        self.world.take_time(&event);
         match event {
             Event::ToKeeper(id, message) => keeper.message(now, id, message),
             Event::Left(id) => keeper.worker_left(now, id),
-            Event::JobDone(id, done) => {
-                keeper.job_done(now, id, done);
-                let evictions = keeper.snapshot().evictions;
-                if evictions > self.evictions {
-                    self.evictions = evictions;
-                    self.world.hit(Hazard::Eviction);
-                }
-            }
+            Event::JobDone(id, done) => keeper.job_done(now, id, done),
             Event::LeaseSignal => keeper.lease_break(now),
             Event::SizeChanged => keeper.size_changed(now),
             Event::Tick => {
@@ -234,11 +217,13 @@ impl Sim {
             _ => {}
         }
         self.pump_keeper();
+        self.check_evictions();
     }
 
     pub(super) fn pump_keeper(&mut self) {
         while let Some(action) = self.keeper.as_mut().and_then(Keeper::poll_action) {
             self.world.trace(|| format!("keeper: {action:?}"));
+            self.tempt_to_join(&action);
             match action {
                 Action::Send(id, message) => self.send(id, message),
                 Action::Run(id, job) => self.world.run_job(id, job),
@@ -260,6 +245,7 @@ impl Sim {
     fn send(&mut self, id: WorkerId, message: ToWorker) {
         if let ToWorker::Park(_, range, drain) = message {
             self.note_park(range, drain);
+            self.note_standing(id);
         }
         let at = self.channel(Channel::To(id));
         self.world.daemon_at(at, Event::ToWorker(id, message));
@@ -330,9 +316,17 @@ impl Sim {
             return self.put_off();
         }
         let choice = self.world.rng.index(ready.len());
-        let (id, tag) = ready[choice];
+        let (id, _) = ready[choice];
         self.world.guest.to_issue -= 1;
+        self.ask_of(id);
+    }
+
+    /// The guest makes a request on this queue, if it has room.
+    pub(super) fn ask_of(&mut self, id: WorkerId) {
+        let depth = self.world.scenario.queue_depth;
+        let Some(tag) = self.world.guest.free_tag(id, depth) else { return };
         let request = self.world.make_request(id, tag);
+        self.world.note_behind_fence(id, tag, request.kind);
         self.with_worker(id, |worker, port| worker.accept(port, tag, request));
     }
 

@@ -7,6 +7,7 @@ use extentd::engine::Geometry;
 use extentd::engine::keeper::Start;
 use extentd::engine::units::{FileRange, SECTOR};
 
+use super::hardship::Hardships;
 use super::mutant::Mutant;
 use super::pagecache;
 use super::rng::Rng;
@@ -91,6 +92,7 @@ pub(super) struct Scenario {
     pub(super) cachestat: bool,
     /// A device that is slow, or turns so (R2b).
     pub(super) slow_device: Option<SlowDevice>,
+    pub(super) hard: Hardships,
     pub(super) mutant: Option<Mutant>,
 }
 
@@ -109,7 +111,7 @@ impl Scenario {
         let fs_block: u32 = if dev_block == 512 && rng.chance(300) { 1024 } else { 4096 };
         let spb = usize::try_from(u64::from(fs_block) / SECTOR).unwrap_or(1);
         // Now and then an image of more extents than the map may hold.
-        let vast = rng.chance(if fs_block == 1024 { 200 } else { 30 });
+        let vast = rng.chance(if fs_block == 1024 { 300 } else { 30 });
         let many = if fs_block == 1024 { 700 } else { 180 };
         let blocks = if vast { many } else { slow::blocks(slow, rng) };
         let tail = if dev_block == 512 && rng.chance(300) { rng.index(spb) } else { 0 };
@@ -133,7 +135,7 @@ impl Scenario {
         }
         let (rough, narrow) = (rng.chance(300), rng.chance(350));
         let rare = |rng: &mut Rng, often: u64, high: u64| if rng.chance(often) { high } else { 0 };
-        Self {
+        let mut scenario = Self {
             geometry,
             start,
             window,
@@ -171,8 +173,11 @@ impl Scenario {
             strict: rng.chance(150),
             cachestat: !rng.chance(150),
             slow_device: None,
+            hard: Hardships::default(),
             mutant,
-        }
+        };
+        Hardships::add_to(&mut scenario, rng);
+        scenario
     }
 
     /// Sectors that the file is written in multiples of.

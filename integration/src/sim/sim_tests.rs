@@ -23,6 +23,6 @@ fn seeds_hold() {
 #[test]
 fn mutants_are_caught() {
     for mutant in Mutant::ALL {
-        assert!(run_many(0..2_000, Some(*mutant)).failed.is_some(), "{mutant:?}");
+        assert!(run_many(0..6_000, Some(*mutant)).failed.is_some(), "{mutant:?}");
     }
 }

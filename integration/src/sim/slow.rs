@@ -7,6 +7,7 @@
 
 use extentd::engine::RawLimits;
 
+use super::hardship::Hardships;
 use super::hazard::Hazard;
 use super::rng::Rng;
 use super::scenario::{Fill, LEASE_BREAK, Scenario};
@@ -32,6 +33,9 @@ pub(super) fn blocks(slow: bool, rng: &mut Rng) -> usize {
 
 /// Makes a scenario one of a slow device, with a guest that keeps it busy.
 pub(super) fn slow_down(scenario: &mut Scenario, rng: &mut Rng) {
+    // One thing at a time.
+    scenario.hard = Hardships::default();
+    scenario.greed = 1000;
     scenario.geometry.raw = LIMITS;
     scenario.fill = Fill::Written;
     scenario.workers = 2 + rng.index(3);

@@ -7,7 +7,7 @@ use extentd::engine::request::Kind;
 
 use super::guest::file_range;
 use super::hazard::Hazard;
-use super::world::World;
+use super::world::{Event, World};
 
 impl World {
     pub(super) fn choose(&mut self) -> Kind {
@@ -19,6 +19,12 @@ impl World {
         }
         if std::mem::take(&mut self.guest.flush_first) {
             return Kind::Flush;
+        }
+        if self.scenario.hard.read_only {
+            return self.choose_read();
+        }
+        if self.trims_now() {
+            return Kind::Read(file_range(&self.any_range()));
         }
         let discards = self.scenario.discards;
         let flushes = self.scenario.flushes;
@@ -71,7 +77,19 @@ impl World {
         ranges.into_iter().nth(choice)
     }
 
-    fn any_range(&mut self) -> Range<usize> {
+    /// Somebody else has written a sector while the manager gets no CPU: does the guest see it?
+    pub(super) fn read_behind(&mut self, sector: usize) {
+        let stopped = self.alive && self.stalls.keeper.max(self.stalls.all) > self.now;
+        if stopped && self.window().contains(&sector) && self.rng.chance(400) {
+            self.hit(Hazard::ReadBehindManager);
+            self.guest.sweep.push_back(sector..sector + 1);
+            self.guest.to_issue += 1;
+            let delay = self.delay(1, 5_000);
+            self.after(delay, Event::Issue);
+        }
+    }
+
+    pub(super) fn any_range(&mut self) -> Range<usize> {
         let window = self.window();
         let spb = self.host.spb;
         let len = match self.rng.below(10) {

@@ -18,6 +18,7 @@ use super::ops::InFlight;
 use super::outside::{Lease, Outside};
 use super::rng::Rng;
 use super::scenario::{Fill, Scenario};
+use super::strain::Strain;
 
 /// Marks what the guest's image held at the start.
 const INITIAL: Stamp = 0x11 << 56;
@@ -63,6 +64,12 @@ pub(super) enum Event {
     Wake,
     /// The power fails.
     Blackout,
+    /// A worker joins this session late.
+    Join(u32),
+    /// A worker hands its ring over to the kernel.
+    Enter(WorkerId),
+    /// This lease break should have been answered by now.
+    Overdue(u64),
 }
 
 /// Who an event is delivered to, as far as stalls go.
@@ -78,9 +85,10 @@ pub(super) enum Party {
 impl Event {
     pub(super) const fn party(&self) -> Party {
         match self {
-            Self::Reap(id) | Self::ToWorker(id, _) => Party::Worker(*id),
+            Self::Reap(id) | Self::ToWorker(id, _) | Self::Enter(id) => Party::Worker(*id),
             Self::ToKeeper(..) | Self::Left(_) | Self::JobDone(..) | Self::Tick => Party::Keeper,
             Self::LeaseSignal | Self::SizeChanged | Self::SessionStart => Party::Keeper,
+            Self::Join(_) => Party::Keeper,
             Self::Job => Party::Helper,
             _ => Party::World,
         }
@@ -153,6 +161,7 @@ pub(super) struct World {
     pub(super) hazards: Hazards,
     /// When a slow device is done with what it has been given.
     pub(super) device_free: u64,
+    pub(super) strain: Strain,
     /// Raw operations ever started.
     pub(super) raw: u64,
     /// Raw accesses that the design page documents as unavoidable (R5a).
@@ -188,6 +197,7 @@ impl World {
             jobs: Jobs::default(),
             hazards: Hazards::default(),
             device_free: 0,
+            strain: Strain::default(),
             raw: 0,
             residue: 0,
             events: 0,
@@ -240,7 +250,7 @@ impl World {
         match party {
             Party::World => 0,
             Party::Helper => self.stalls.all,
-            Party::Keeper => self.stalls.all.max(self.stalls.keeper),
+            Party::Keeper => self.stalls.all.max(self.stalls.keeper).max(self.strain.busy),
             Party::Worker(id) => {
                 let own = self.stalls.workers.get(&id).copied().unwrap_or(0);
                 self.stalls.all.max(own)

@@ -8,6 +8,7 @@ use extentd::engine::keeper::Start;
 use extentd::engine::request::Kind;
 use extentd::engine::units::{FileRange, SECTOR};
 
+use super::super::hardship::Hardships;
 use super::super::mutant::Mutant;
 use super::super::outside::Errand;
 use super::super::rng::Rng;
@@ -92,6 +93,7 @@ impl Script {
             strict: self.strict,
             barriers: true,
             cachestat: true,
+            hard: Hardships::default(),
             ..scenario
         }
     }
