@@ -45,7 +45,7 @@ impl Hardships {
             read_only: !identity && rng.chance(100),
             reflink: rng.chance(500),
             cpu: if rng.chance(300) { [5, 40, 300][rng.index(3)] } else { 0 },
-            bursts: rng.chance(120),
+            bursts: rng.chance(70),
             refuses: often(rng, 250, 300),
             again: often(rng, 250, 30),
             hangs: often(rng, 120, 15),

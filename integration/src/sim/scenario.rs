@@ -111,7 +111,7 @@ impl Scenario {
         let fs_block: u32 = if dev_block == 512 && rng.chance(300) { 1024 } else { 4096 };
         let spb = usize::try_from(u64::from(fs_block) / SECTOR).unwrap_or(1);
         // Now and then an image of more extents than the map may hold.
-        let vast = rng.chance(if fs_block == 1024 { 300 } else { 30 });
+        let vast = rng.chance(if fs_block == 1024 { 200 } else { 30 });
         let many = if fs_block == 1024 { 700 } else { 180 };
         let blocks = if vast { many } else { slow::blocks(slow, rng) };
         let tail = if dev_block == 512 && rng.chance(300) { rng.index(spb) } else { 0 };
