@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A worker beside the orders that it has heard, and those that it has not: nothing starts before `Begin`, behind another queue's
-//! flush (`--barrier=strict`), or on the word of a map whose lease nobody has looked at.
+//! flush (`--barrier=strict`), or on the word of a map whose lease was not checked lately.
 
 use super::*;
 use crate::engine::message::{Drain, ParkId, PointId, ToKeeper};
 
-/// A worker over a file of 16 blocks that is all in `state`, and that no keeper has said anything to.
+/// A worker over a file of 16 blocks that is all in `state`, and that has had no message yet.
 fn alone(state: State) -> (Worker, Sink) {
     let geometry = Geometry {
         file_size: 16 * BLOCK,
@@ -81,7 +81,7 @@ fn a_strict_flush_of_another_queue_holds_back_what_comes_after_its_point() {
     }
 }
 
-/// R2a: somebody may have filled the hole while this process was stopped.
+/// R2a: another process may have filled the hole while this process was stopped.
 #[test]
 fn zeros_are_not_answered_under_a_lease_that_was_lost_in_our_sleep() {
     for state in [State::Hole, State::Unwritten] {

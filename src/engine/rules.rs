@@ -19,10 +19,10 @@ pub struct Rules {
     pub(super) punch_dirt: bool,
     /// R13: a strict flush holds back what arrives on the other queues, too.
     pub(super) fence_all: bool,
-    /// R12: a worker starts no request before it has heard of the park orders that stand.
+    /// R12: a worker starts no request before it has the quiesce orders that stand.
     pub(super) begin: bool,
-    /// R12: a worker that joins gets the park orders that stand.
-    pub(super) join_parked: bool,
+    /// R12: a worker that joins gets the quiesce orders that stand.
+    pub(super) join_quiesced: bool,
     /// R2a: zeros are answered only under a lease that was confirmed lately.
     pub(super) zero_lease: bool,
     /// Section 4: the block that the file ends in is opaque, whatever FIEMAP says of it.
@@ -48,7 +48,7 @@ impl Default for Rules {
             punch_dirt: true,
             fence_all: true,
             begin: true,
-            join_parked: true,
+            join_quiesced: true,
             zero_lease: true,
             tail_opaque: true,
             evict_drain: true,

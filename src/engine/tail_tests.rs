@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the keeper does not take for granted: the end of a file, and the end of a punch.
+//! What the manager does not take for granted: the end of a file, and the end of a punch.
 
 use super::*;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What an eviction may not do: let go of a block that raw I/O is in flight on, since whoever asks next may be told something else
+//! What an eviction may not do: let go of a block that raw I/O is in flight on, since the next request may be told something else
 //! of it; or keep from the workers that it has let go (R8).
 
 use extentd::engine::extent::Hint;

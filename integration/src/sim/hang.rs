@@ -35,8 +35,8 @@ impl World {
 }
 
 impl Sim {
-    /// At the end of a run in which the helper hangs: somebody opens the image, the guest reads all of it, and then somebody
-    /// starts the daemon anew.
+    /// At the end of a run in which the helper hangs: the image is opened, the guest reads all of it, and then the daemon is
+    /// started anew.
     pub(super) fn outlive_hang(&mut self) {
         if !self.world.strain.hangs {
             return;

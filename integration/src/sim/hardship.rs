@@ -75,7 +75,7 @@ impl Hardships {
             hard.cpu = hard.cpu.max(40);
         }
         if hard.trims {
-            // Somebody who takes a freed block has the journal committed first.
+            // The canary that takes a freed block has the journal committed first.
             scenario.greed = 0;
             scenario.punches = true;
             scenario.fill = Fill::Written;

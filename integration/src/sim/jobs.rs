@@ -39,7 +39,7 @@ impl Jobs {
         matches!(self.queue.front(), Some((_, Job::Enter | Job::Confirm)))
     }
 
-    /// What punches that have not ended keep parked.
+    /// What punches that have not ended keep quiesced.
     pub(super) fn punches(&self) -> Vec<Range<usize>> {
         let punch = |(_, job): &(JobId, Job)| match job {
             Job::Punch { range } => Some(sectors(range.start)..sectors(range.end)),

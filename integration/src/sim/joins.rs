@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Workers that join while their session is under way, most often just when a park order stands.
+//! Workers that join while their session is under way, most often just when a quiesce order stands.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use super::mutant::Mutant;
 use super::run::Sim;
 use super::world::Event;
 
-/// Who is still to join.
+/// Workers that are still to join.
 #[derive(Debug, Default)]
 pub(super) struct Joins {
     session: u32,
@@ -81,7 +81,7 @@ impl Sim {
         }
     }
 
-    /// A worker hears a park order; if it is the one that joins, it has stood before.
+    /// A worker gets a quiesce order; if it is the one that joins, it has stood before.
     pub(super) fn note_standing(&mut self, worker: WorkerId) {
         if self.joins.joining == Some(worker) {
             self.world.hit(Hazard::LateJoin);

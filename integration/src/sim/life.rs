@@ -28,7 +28,7 @@ pub(super) enum Incident {
     PowerCut,
     Session,
     SwitchCache,
-    /// The guest fills its queues, and somebody opens the image.
+    /// The guest fills its queues, and the image is opened.
     Burst,
 }
 
@@ -271,7 +271,7 @@ impl Sim {
         }
     }
 
-    /// Every queue is full at once, and then somebody opens the image.
+    /// Every queue is full at once, and then the image is opened.
     fn burst(&mut self) {
         if !self.world.scenario.hard.bursts || self.closing {
             return;

@@ -27,9 +27,9 @@ pub enum Mutant {
     FenceOwnQueue,
     /// R12: a worker starts requests before it is told to begin.
     EarlyStart,
-    /// R12: a worker that joins hears nothing of the park orders that stand.
-    JoinUnparked,
-    /// R2a: zeros are answered without a look at the lease.
+    /// R12: a worker that joins gets none of the quiesce orders that stand.
+    JoinUnquiesced,
+    /// R2a: zeros are answered without a check of the lease.
     ZerosUnchecked,
     /// Section 4: the block that the file ends in is as good as any.
     RawTail,
@@ -39,7 +39,7 @@ pub enum Mutant {
     EvictUnpublished,
     /// R1: a read-only image takes a shared lease where blocks can be shared, too.
     ReadLease,
-    /// R2a: what the kernel did not take at first is handed over later without a second look at the lease.
+    /// R2a: what the kernel did not take at first is handed over later without a second check of the lease.
     StaleSubmission,
     /// R2: the lease is given up by the thread that may hang in the filesystem.
     LeaseByHelper,
@@ -68,7 +68,7 @@ impl Mutant {
         Self::NoPunchDirt,
         Self::FenceOwnQueue,
         Self::EarlyStart,
-        Self::JoinUnparked,
+        Self::JoinUnquiesced,
         Self::ZerosUnchecked,
         Self::RawTail,
         Self::EvictUndrained,
@@ -99,7 +99,7 @@ impl Mutant {
             Some(Self::NoPunchDirt) => Rules::without_punch_dirt(),
             Some(Self::FenceOwnQueue) => Rules::without_fence_on_other_queues(),
             Some(Self::EarlyStart) => Rules::without_begin(),
-            Some(Self::JoinUnparked) => Rules::without_standing_orders(),
+            Some(Self::JoinUnquiesced) => Rules::without_standing_orders(),
             Some(Self::ZerosUnchecked) => Rules::without_lease_for_zeros(),
             Some(Self::RawTail) => Rules::without_opaque_tail(),
             Some(Self::EvictUndrained) => Rules::without_eviction_drain(),

@@ -88,7 +88,7 @@ impl Outside {
         self.openers.values().filter(|o| o.inside && o.errand == Errand::Instance).count()
     }
 
-    /// Somebody is being kept waiting.
+    /// An opener is being kept waiting.
     pub(super) fn writer_waits(&self) -> bool {
         self.openers.values().any(|o| !o.inside)
     }
@@ -156,7 +156,7 @@ impl World {
         }
     }
 
-    /// F_SETLEASE: granted when nobody else has the file open in a way that would break it.
+    /// F_SETLEASE: granted when no other process has the file open in a way that would break it.
     pub(super) fn take_lease(&mut self) -> bool {
         if self.outside.errands().any(|e| self.breaks_lease(e)) || self.lease.held {
             return false;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The ring between a worker and the kernel: what is queued goes over some time later, all at once or in parts, and a raw operation
-//! whose look at the lease is too old by then goes back instead of over (R2a).
+//! whose check of the lease is too old by then goes back instead of over (R2a).
 //!
 //! The rule is that of `sys::uring::enter`: it holds for what the kernel would not take at first, too.
 
@@ -23,7 +23,7 @@ const INTERRUPTED: i32 = -4;
 #[derive(Clone, Copy, Debug)]
 struct Queued {
     key: u64,
-    /// When its lease was looked at, or later.
+    /// When its lease was checked, or later.
     checked: u64,
     /// It was handed over before, and not taken.
     offered: bool,
@@ -83,21 +83,21 @@ impl World {
         self.daemon_after(delay, Event::Enter(worker));
     }
 
-    /// Whether an operation is not handed over because its lease was looked at too long ago; it ends with EAGAIN then.
+    /// Whether an operation is not handed over because its lease was checked too long ago; it ends with EAGAIN then.
     fn goes_back(&mut self, worker: WorkerId, queued: &Queued) -> bool {
         let Some(fresh) = self.scenario.geometry.lease_fresh else { return false };
         let Some((id, class)) = self.ops.get(&queued.key).map(|o| (o.id, o.class)) else {
             return false;
         };
         let old = u128::from(self.now - queued.checked) > fresh.as_micros();
-        let looked = !(queued.offered && self.scenario.is(Mutant::StaleSubmission));
-        if !(class.is_raw() && old && looked) {
+        let checks = !(queued.offered && self.scenario.is(Mutant::StaleSubmission));
+        if !(class.is_raw() && old && checks) {
             return false;
         }
         self.trace(|| format!("w{} does not hand over operation {}", worker.0, id.0));
         let done = Completion { id, result: AGAIN };
         self.ops.remove(&queued.key);
-        self.hit(if queued.offered { Hazard::LookedAgain } else { Hazard::LookedTooLongAgo });
+        self.hit(if queued.offered { Hazard::LeaseCheckedAgain } else { Hazard::LeaseCheckStale });
         self.deliver(worker, done);
         true
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Read-only images, whose lease may be a shared one. It is broken by whoever opens the file to write; readers come in beside it, and
+//! Read-only images, whose lease may be a shared one. Any open for writing breaks it; readers come in beside it, and
 //! other instances with leases of their own. Where the filesystem can share blocks that is not enough: a deduplication wants its
 //! destination open for reading only, moves the file to other blocks and frees the old ones (ADR 0001).
 
@@ -79,7 +79,7 @@ impl World {
         }
     }
 
-    /// Another instance has the file open and perhaps a lease on it; it leaves when somebody wants to write. Whether it is done.
+    /// Another instance has the file open and perhaps a lease on it; it leaves when an opener wants to write. Whether it is done.
     pub(super) fn instance_acts(&mut self) -> bool {
         if self.shares_lease() && self.outside.writer_waits() {
             self.hit(Hazard::SecondLease);

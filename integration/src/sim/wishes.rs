@@ -77,7 +77,7 @@ impl World {
         ranges.into_iter().nth(choice)
     }
 
-    /// Somebody else has written a sector while the manager gets no CPU: does the guest see it?
+    /// An outside opener has written a sector while the manager gets no CPU: does the guest see it?
     pub(super) fn read_behind(&mut self, sector: usize) {
         let stopped = self.alive && self.stalls.keeper.max(self.stalls.all) > self.now;
         if stopped && self.window().contains(&sector) && self.rng.chance(400) {

@@ -134,7 +134,7 @@ impl Keeper {
     /// park orders that stand.
     pub fn worker_joined(&mut self, id: WorkerId) {
         self.workers.insert(id);
-        let standing = self.parks.iter_mut().filter(|_| self.config.rules.join_parked);
+        let standing = self.parks.iter_mut().filter(|_| self.config.rules.join_quiesced);
         let orders: Vec<ToWorker> = standing.map(|(park, order)| order.join(*park, id)).collect();
         for order in orders {
             self.send(id, order);

@@ -22,10 +22,10 @@ impl Rules {
         Self { begin: false, ..Self::default() }
     }
 
-    /// All rules but that a worker that joins gets the park orders that stand.
+    /// All rules but that a worker that joins gets the quiesce orders that stand.
     #[must_use]
     pub fn without_standing_orders() -> Self {
-        Self { join_parked: false, ..Self::default() }
+        Self { join_quiesced: false, ..Self::default() }
     }
 
     /// All rules but that zeros are answered only under a confirmed lease (R2a).

@@ -18,7 +18,7 @@ pub(super) struct Fence {
 }
 
 impl Fence {
-    /// The keeper has set a flush point. `all`: it holds back what arrives on any queue, not only behind the flush on its own.
+    /// A flush point is set. `all`: it holds back what arrives on any queue, not only behind the flush on its own.
     pub(super) const fn open(&mut self, all: bool) {
         self.open = self.strict && all;
     }
