@@ -24,6 +24,9 @@ impl World {
 
     /// Checks an operation before it starts. `place` is its offset in bytes.
     pub(super) fn check_submit(&mut self, flight: &InFlight, place: u64, len: u64) {
+        if !self.begun.contains(&flight.worker) {
+            self.fail(format!("{:?} of a worker that was not told to begin", flight.class));
+        }
         let taken =
             self.ops.values().filter(|o| o.life == flight.life && o.worker == flight.worker);
         let limit = self.scenario.geometry.ops as usize;

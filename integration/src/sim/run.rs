@@ -165,6 +165,9 @@ impl Sim {
             Event::Step(key) => self.world.step(key),
             Event::Reap(id) => self.with_worker(id, |worker, port| worker.reap(port)),
             Event::ToWorker(id, message) => {
+                if message == ToWorker::Begin {
+                    self.world.begun.insert(id);
+                }
                 self.world.trace(|| format!("w{} hears {message:?}", id.0));
                 self.world.note_fence(id, message);
                 self.with_worker(id, |worker, port| worker.message(port, message));

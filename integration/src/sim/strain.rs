@@ -76,8 +76,9 @@ impl World {
 
     /// The break with this number should have been answered.
     pub(super) fn check_prompt(&mut self, id: u64) {
-        let slow =
-            self.is_slow() || self.scenario.errors + self.scenario.shorts > 0 || self.was_stalled(self.now - PROMPT);
+        let slow = self.is_slow()
+            || self.scenario.errors + self.scenario.shorts > 0
+            || self.was_stalled(self.now - PROMPT);
         if !slow && self.lease.is_breaking() && self.lease.number() == Some(id) {
             self.fail(format!(
                 "lease break {id} is not answered after {PROMPT} us, and nothing is slow (R2)"

@@ -2,7 +2,7 @@
 //! Everything outside the daemon's pure core, and the queue of what happens next.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 
 use extentd::engine::Completion;
 use extentd::engine::message::{JobDone, JobId, ToKeeper, ToWorker, WorkerId};
@@ -159,6 +159,8 @@ pub(super) struct World {
     pub(super) model: Model,
     pub(super) jobs: Jobs,
     pub(super) hazards: Hazards,
+    /// Workers that have been told to begin.
+    pub(super) begun: BTreeSet<WorkerId>,
     /// When a slow device is done with what it has been given.
     pub(super) device_free: u64,
     pub(super) strain: Strain,
@@ -196,6 +198,7 @@ impl World {
             model,
             jobs: Jobs::default(),
             hazards: Hazards::default(),
+            begun: BTreeSet::new(),
             device_free: 0,
             strain: Strain::default(),
             raw: 0,
