@@ -21,7 +21,7 @@ use vhost::vhost_user::message::FrontendReq;
 use super::limits::{Account, OverLimit};
 use super::notify::Notifier;
 use super::wire::{Message, WireError};
-use crate::sys::fault::GuestRegions;
+use crate::sys::fault::{GuestRegions, page_size};
 use crate::sys::inspect::{InspectError, Inspections, Kind};
 
 /// Bits of a SET_VRING_{KICK,CALL,ERR} payload that number the queue.
@@ -66,6 +66,14 @@ pub(crate) enum RelayError {
         end: u64,
         /// The file's size.
         size: u64,
+    },
+    /// A mapping that could not be unmapped: the kernel unmaps whole pages only, and the crate does not.
+    #[error("memory region {region} ends inside a huge page of {page} bytes: make it whole ones")]
+    PartOfHugePage {
+        /// Its place in the message.
+        region: usize,
+        /// The size of its pages.
+        page: u64,
     },
     /// More memory than one device's share.
     #[error(transparent)]
@@ -353,6 +361,10 @@ fn check_memory(message: &Message) -> Result<(), RelayError> {
         let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         if regular && file.checked_next_multiple_of(PAGE).is_some_and(|backed| end > backed) {
             return Err(RelayError::ShortMemory { region, end, size: file });
+        }
+        let page = page_size(fd.as_fd())? as u64;
+        if page > PAGE && !end.is_multiple_of(page) {
+            return Err(RelayError::PartOfHugePage { region, page });
         }
     }
     Ok(())

@@ -312,6 +312,18 @@ fn memory_that_its_file_cannot_back_ends_the_session() {
 }
 
 #[test]
+fn a_part_of_a_huge_page_ends_the_session() {
+    let Ok(huge) = memfd_create("memory", MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) else {
+        println!("skipped: no huge pages");
+        return;
+    };
+    ftruncate(&huge, 2 << 20).unwrap();
+    let rig = rig(Recorder::default());
+    send(&rig.front, &message(FrontendReq::ADD_MEM_REG, &region(4096, 0)), &[&huge]);
+    assert!(matches!(rig.end(), RelayError::PartOfHugePage { region: 0, page: 2_097_152 }));
+}
+
+#[test]
 fn odd_sized_memory_is_fine() {
     let mut rig = rig(Recorder::default());
     let add = message(FrontendReq::ADD_MEM_REG, &region(0x3b10, 0));
