@@ -25,6 +25,8 @@ const MIB: u64 = 1 << 20;
 const GHOST_TIME: Duration = Duration::from_secs(2);
 /// Long enough for what does not wait to show that.
 const MOMENT: Duration = Duration::from_millis(500);
+/// After this a signal is not taken for part of the one before it.
+const SECOND_ORDER: Duration = Duration::from_millis(1500);
 const GHOST: [u8; 4096] = [0x67; 4096];
 const NEWER: [u8; 4096] = [0x6e; 4096];
 
@@ -138,9 +140,55 @@ fn sigterm_drains_what_is_in_flight() {
     bed.finish().unwrap();
 }
 
+/// `timeout` of coreutils signals its child and its child's process group.
+#[test]
+fn two_sigterms_in_a_row_are_one_order() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut client = bed.connect(1).unwrap();
+    write_slowly(&slow, client.queue(0).unwrap(), 40960);
+    bed.model.write(40960, &GHOST).unwrap();
+    let (status, waited) = while_held(&slow, MOMENT, || {
+        bed.daemon.signal(Signal::TERM).unwrap();
+        // So that the first one is not pending any more, and the second is a signal of its own.
+        thread::sleep(Duration::from_millis(1));
+        bed.daemon.signal(Signal::TERM).unwrap();
+        bed.daemon.wait(PATIENCE).unwrap()
+    });
+    assert!(status.success() && waited, "{status}; {}", bed.daemon.log());
+    let done = client.queue(0).unwrap().drain().unwrap();
+    assert!(done.len() == 1 && done[0].result.is_ok(), "{done:?}");
+    assert!(!bed.daemon.log().contains("told to stop twice"), "{}", bed.daemon.log());
+    drop(client);
+    bed.restart(&[]).unwrap();
+    bed.finish().unwrap();
+}
+
+/// A second order leaves the regular end some time.
+#[test]
+fn a_disk_that_answers_soon_after_a_second_sigterm_is_waited_for() {
+    let Some(rig) = Rig::enter() else { return };
+    let (slow, setup) = slow_disk(&rig);
+    let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
+    let mut client = bed.connect(1).unwrap();
+    write_slowly(&slow, client.queue(0).unwrap(), 40960);
+    bed.model.write(40960, &GHOST).unwrap();
+    bed.daemon.signal(Signal::TERM).unwrap();
+    thread::sleep(SECOND_ORDER);
+    bed.daemon.signal(Signal::TERM).unwrap();
+    slow.heal();
+    assert!(bed.daemon.wait(PATIENCE).unwrap().success(), "{}", bed.daemon.log());
+    let done = client.queue(0).unwrap().drain().unwrap();
+    assert!(done.len() == 1 && done[0].result.is_ok(), "{done:?}");
+    drop(client);
+    bed.restart(&[]).unwrap();
+    bed.finish().unwrap();
+}
+
 /// Told twice, it does not wait for a disk that does not answer.
 #[test]
-fn a_second_sigterm_ends_it_at_once() {
+fn a_second_sigterm_ends_it_whatever_is_stuck() {
     let Some(rig) = Rig::enter() else { return };
     let (slow, setup) = slow_disk(&rig);
     let mut bed = Bed::make(&rig, PROGRAM, &setup, &[]).unwrap();
@@ -150,6 +198,7 @@ fn a_second_sigterm_ends_it_at_once() {
     bed.daemon.signal(Signal::TERM).unwrap();
     until("the first", PATIENCE, || bed.daemon.log().contains("told to stop").then_some(()))
         .unwrap();
+    thread::sleep(SECOND_ORDER);
     bed.daemon.signal(Signal::TERM).unwrap();
     until("the second", PATIENCE, || bed.daemon.log().contains("told to stop twice").then_some(()))
         .unwrap();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The end, as somebody asked for it: the first signal begins it, a second one carries it out whatever is stuck.
+//! The end, as somebody asked for it: the first signal begins it, a later one bounds it whatever is stuck.
 //!
 //! The signals have a thread of their own, which waits for nothing else. Any other may be held up: the process's
 //! own by a log that nobody reads, a device's by the end of a session, a helper by a frozen filesystem.
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use rustix::event::{PollFd, PollFlags};
@@ -19,6 +19,11 @@ use super::Phase;
 use crate::sys::process::{Signals, end_process};
 use crate::sys::signals::LeaseSignals;
 
+/// A signal so soon after the first is part of the same order: `timeout` of coreutils signals its child and then its
+/// process group, which the child is in.
+const SAME_ORDER: Duration = Duration::from_secs(1);
+/// How long the regular end may take after a second order. With [`LAST_LINE`] it stays within five seconds.
+const GRACE: Duration = Duration::from_secs(3);
 /// Longest that the last line may take: whoever has the other end of the log may not read it.
 const LAST_LINE: Duration = Duration::from_secs(1);
 /// Devices that the last line names.
@@ -108,7 +113,7 @@ impl Progress {
     }
 }
 
-/// Starts the thread that hears `signals`: the first calls `stop`, the second ends the process.
+/// Starts the thread that hears `signals`: the first calls `stop`, a second order bounds the time that this may take.
 pub(super) fn start(
     signals: Signals,
     devices: Vec<Arc<Progress>>,
@@ -116,8 +121,14 @@ pub(super) fn start(
 ) -> io::Result<()> {
     let run = move || {
         wait(&signals);
+        let first = Instant::now();
         stop();
         wait(&signals);
+        while first.elapsed() < SAME_ORDER {
+            wait(&signals);
+        }
+        // The regular end takes this thread with it.
+        thread::sleep(GRACE);
         end_now(&devices);
     };
     thread::Builder::new().name("signals".to_owned()).spawn(run).map(drop)
@@ -151,7 +162,7 @@ fn end_now(devices: &[Arc<Progress>]) -> ! {
 fn last_line(devices: &[Arc<Progress>]) -> String {
     let waiting = devices.iter().filter_map(|device| Some((device, device.waits_for()?)));
     let waiting: Vec<_> = waiting.collect();
-    let mut line = "told to stop twice; ending at once".to_owned();
+    let mut line = "told to stop twice; ending without waiting any longer".to_owned();
     for (index, (device, what)) in waiting.iter().take(NAMED).enumerate() {
         let before = if index == 0 { ". What was still waited for: " } else { "; " };
         // Writing into memory does not fail.
@@ -176,11 +187,14 @@ mod tests {
         devices[2].set(Stage::Syncing);
         assert_eq!(
             last_line(&devices[..3]),
-            "told to stop twice; ending at once. What was still waited for: requests in flight (/1); \
+            "told to stop twice; ending without waiting any longer. What was still waited for: requests in flight (/1); \
              the filesystem, to write what is left (/2)"
         );
         assert!(last_line(&devices).ends_with("opening the image (/8); and 3 devices more"));
-        assert_eq!(last_line(&devices[..1]), "told to stop twice; ending at once");
+        assert_eq!(
+            last_line(&devices[..1]),
+            "told to stop twice; ending without waiting any longer"
+        );
     }
 
     #[test]
