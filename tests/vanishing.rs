@@ -126,6 +126,32 @@ fn direct_io_into_memory_that_is_gone_is_an_error_of_that_request() {
     bed.finish().unwrap();
 }
 
+/// The kernel holds on to the pages that it was given, whatever becomes of their file.
+#[test]
+fn pinned_memory_that_is_shortened_harms_nobody() {
+    let Some(rig) = Rig::enter() else { return };
+    let bed = Bed::make(&rig, PROGRAM, &Setup::default(), &["--pin-memory"]).unwrap();
+    bed.await_direct(PATIENCE).unwrap();
+    let mut front = Frontend::start(bed.daemon.socket(), 1, 64, FEATURES).unwrap();
+    let pinned = !bed.daemon.log().contains("not pinned");
+    file(&front).set_len(MIB).unwrap();
+    let ring = front.ring_mut(0).unwrap();
+    for round in 0..2 {
+        describe(ring, kind::IN, 2 * MIB, WRITE);
+        ring.publish(0).unwrap();
+        ring.kick().unwrap();
+        ring.wait_used(PATIENCE).unwrap();
+        let status = ring.status(0).unwrap();
+        assert_eq!(status, if pinned { 0 } else { IOERR }, "round {round}");
+    }
+    assert!(!bed.daemon.log().contains(LINE));
+    drop(front);
+    let odd = 2 * MIB + 1;
+    data_gone(&bed, "a read into a bounced buffer that is gone", kind::IN, odd, WRITE);
+    data_gone(&bed, "a write from a bounced buffer that is gone", kind::OUT, odd, 0);
+    bed.finish().unwrap();
+}
+
 #[test]
 fn huge_pages_that_the_host_does_not_have_cost_their_session() {
     let Some(rig) = Rig::enter() else { return };

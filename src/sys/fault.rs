@@ -8,7 +8,7 @@
 //! goes on with zeros. Every other SIGBUS keeps its default action, a core dump included.
 //!
 //! The handler is async-signal-safe: it reads tables that are never freed, with atomic loads only, and makes two system
-//! calls. The sessions' threads pay nothing for it until a page is missing.
+//! calls. The sessions' threads pay loads of one flag for it until a page is missing.
 
 mod handler;
 
@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{
-    AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicUsize, Ordering, compiler_fence,
+    AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence,
 };
 use std::sync::{Mutex, PoisonError};
 
@@ -31,28 +31,12 @@ pub use handler::install;
 /// registered while those of the last one are still in use.
 const SLOTS: usize = 1024;
 
-/// Pages that are replaced one by one in a session; after that whole regions are. Each may split a mapping in three, and
+/// Pages that are replaced one by one in a session; after that whole regions are, where the kernel lets us. Each may split a mapping in three, and
 /// the kernel allows a process 65 530 of them.
 const SINGLE_PAGES: u32 = 256;
 
 /// `f_type` of a hugetlbfs.
 const HUGETLBFS: u64 = 0x9584_58f6;
-
-thread_local! {
-    /// Whether this thread has been given zeros. Without a destructor and set up at compile time, so the handler may
-    /// use it.
-    static LOST_HERE: AtomicBool = const { AtomicBool::new(false) };
-}
-
-/// Whether this thread has met guest memory that is gone, ever: what it has read there was zeros.
-///
-/// Worker threads belong to one session, which is over then; what they have read must not become a request any more.
-#[must_use]
-pub fn lost_here() -> bool {
-    // The handler stores on this very thread: only the compiler could move this ahead of what faults.
-    compiler_fence(Ordering::SeqCst);
-    LOST_HERE.with(|lost| lost.load(Ordering::Relaxed))
-}
 
 /// A registered region. Its one writer is the session's; the handler may read it at any time.
 ///
@@ -243,9 +227,12 @@ impl GuestRegions {
         *held = memory.clone();
     }
 
-    /// Whether a part of it was found missing.
+    /// Whether a part of it was found missing, by whatever thread. If not, nothing that the calling thread has read of
+    /// it so far was zeros in place of what is missing.
     #[must_use]
     pub fn are_lost(&self) -> bool {
+        // The handler sets this before the zeros are there, so what matters is that it is loaded after them.
+        fence(Ordering::Acquire);
         self.table.lost.load(Ordering::Acquire)
     }
 }

@@ -11,6 +11,7 @@
 
 mod enter;
 mod gather;
+mod guard;
 mod operation;
 mod pinned;
 mod setup;
@@ -21,13 +22,14 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, squeue};
 
 use super::buffer::{BouncePool, Buffers, GuestBuffers};
-use super::fault::lost_here;
+use super::fault::GuestRegions;
 use super::{lease, page_cache};
 use crate::engine::io::{Buf, Target};
 use crate::engine::units::FileRange;
@@ -100,6 +102,8 @@ pub struct Ring {
     barred: bool,
     /// The lease that `ConfirmLease` wants to see.
     lease: Option<lease::Kind>,
+    /// The guest memory that operations are of; a part of it may turn out to be missing.
+    regions: Option<Arc<GuestRegions>>,
 }
 
 /// [`IoUring`], which has no `Debug`.
@@ -181,6 +185,7 @@ impl Ring {
             device: device.map(|device| device.try_clone_to_owned()).transpose()?,
             barred: false,
             lease,
+            regions: None,
         })
     }
 }
@@ -328,8 +333,8 @@ impl Io for Ring {
         match op {
             Op::Zero(buf) => done(self.buffers.zero(buf)),
             Op::Copy { from, to } => done(self.buffers.copy(from, to)),
-            // What was copied there may be zeros in place of memory that is gone, which the guest never wrote.
-            Op::Write(_, Buf::Bounce { .. }) if lost_here() => Poll::Ready(-libc::EFAULT),
+            // What is there, or was copied from there, may be zeros in place of memory that is gone.
+            Op::Write(..) if self.memory_is_lost() => Poll::Ready(-libc::EFAULT),
             Op::ConfirmLease => Poll::Ready(i32::from(self.lease_held())),
             Op::CachedPages(range) => Poll::Ready(self.cached_pages(range)),
             Op::Read(..) | Op::Write(..) | Op::Zeroes(..) | Op::SyncImage | Op::SyncDevice(..) => {

@@ -819,6 +819,45 @@ fn the_device_is_written_read_and_flushed_in_ranges() {
     assert_eq!(on_disk, data);
 }
 
+/// Zeros in place of guest memory that is gone do not reach the image, whichever thread they were put there for.
+#[test]
+fn nothing_is_written_any_more_once_guest_memory_is_lost() {
+    let Some((mut ring, image, _device)) = ring_on_device(&GEOMETRY) else { return };
+    let file = rustix::fs::memfd_create("guest-ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, 65536).unwrap();
+    let range = (GuestAddress(RAM), 65536, Some(vm_memory::FileOffset::new(file.into(), 0)));
+    let memory = Arc::new(Memory::from_ranges_with_files([range]).unwrap());
+    let regions = Arc::new(GuestRegions::new().unwrap());
+    regions.add(&memory).unwrap();
+    ring.guard(&regions);
+    set(&mut ring, 0, &memory, &[(0, 8192)]);
+    set(&mut ring, 1, &memory, &[(16384, 8192)]);
+    memory.write_slice(&fill(4, 8192), GuestAddress(RAM)).unwrap();
+    let at = Target::Device(DeviceOffset(4096));
+    ring.now();
+    assert_eq!(run(&mut ring, Op::Copy { from: guest(0, 0, 4096), to: bounce(0, 0, 4096) }), 0);
+    assert!(ring.submit(OpId(0), Op::Write(at, guest(0, 0, 8192))).is_pending());
+    assert!(ring.submit(OpId(1), Op::Write(at, bounce(0, 0, 4096))).is_pending());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let region = vm_memory::GuestMemoryBackend::iter(&*memory).next().unwrap();
+            let file = vm_memory::GuestMemoryRegion::file_offset(region).unwrap().file();
+            file.set_len(0).unwrap();
+            assert_eq!(memory.read_obj::<u64>(GuestAddress(RAM)).unwrap(), 0);
+        });
+    });
+    // Accepted before, and not handed over yet.
+    let results: Vec<_> = finish(&mut ring).iter().map(|done| done.result).collect();
+    assert_eq!(results, [-libc::EFAULT; 2]);
+    for target in [at, Target::Image(0)] {
+        assert_eq!(run(&mut ring, Op::Write(target, guest(0, 0, 8192))), -libc::EFAULT);
+        assert_eq!(run(&mut ring, Op::Write(target, bounce(0, 0, 4096))), -libc::EFAULT);
+    }
+    let mut bytes = vec![0; 8192];
+    File::open(&image.path).unwrap().read_exact_at(&mut bytes, 4096).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 0xee), "written");
+}
+
 /// R2a: a thread that was stopped after the lease was looked at does not submit what it was looked at for.
 #[test]
 fn raw_operations_are_held_back_if_the_look_at_the_lease_was_long_ago() {

@@ -226,7 +226,8 @@ impl Backend {
         let max_requests = count.saturating_mul(u32::from(config.queue_size));
         let (image, device) = (config.files.image_fd(), config.files.device_fd());
         let watches = watches(queues.len());
-        let ring = Ring::new(image, device, &config.geometry, config.lease, watches)?;
+        let mut ring = Ring::new(image, device, &config.geometry, config.lease, watches)?;
+        ring.guard(&self.regions);
         let mut engine = engine::Worker::new(
             config.geometry,
             config.rules,

@@ -31,7 +31,6 @@ use crate::engine::message::{ToWorker, WorkerId};
 use crate::engine::request::{Kind, Status};
 use crate::engine::{Io, Tag};
 use crate::inbox::Event;
-use crate::sys::fault::lost_here;
 use crate::sys::uring::{Hear, Sleep};
 
 #[path = "worker_orders.rs"]
@@ -315,9 +314,14 @@ impl<D: Disk> Worker<D> {
         if let Some(pending) = self.requests.leave(tag) {
             let (queue, head) = (pending.queue, pending.head);
             // A read may have gone to memory that is not there.
-            let status = if lost_here() { Status::IoError } else { status };
+            let status = if self.memory_is_lost() { Status::IoError } else { status };
             self.answer(queue, head, pending.status, status, pending.written);
         }
+    }
+
+    /// Whether what was read of guest memory may be zeros that the guest never wrote.
+    fn memory_is_lost(&self) -> bool {
+        self.backend.regions().are_lost()
     }
 
     /// Writes a status byte and hands the chain back with the next batch.
@@ -357,7 +361,7 @@ impl<D: Disk> Worker<D> {
             let queue = queue.index;
             self.complain(place);
             // Rings that are missing are told of once, by the session's end.
-            if !self.backend.regions().are_lost() {
+            if !self.memory_is_lost() {
                 tracing::warn!(queue, %why, "queue stopped until it is set up anew");
             }
         }

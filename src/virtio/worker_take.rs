@@ -8,7 +8,6 @@ use vm_memory::Bytes;
 
 use super::{Disk, Queue, Worker};
 use crate::engine::request::{self, Kind, MAX_SEGMENTS, Parsed, Request, SEGMENT_BYTES, Status};
-use crate::sys::fault::lost_here;
 use crate::virtio::Memory;
 use crate::virtio::chain::{Chain, Malformed, Parts, Piece, Table};
 use crate::virtio::features::MAX_DATA;
@@ -108,7 +107,7 @@ impl<D: Disk> Worker<D> {
         queue.done(arrival.head, 0);
         let index = queue.index;
         self.complain(arrival.queue);
-        if !lost_here() {
+        if !self.memory_is_lost() {
             tracing::warn!(queue = index, %why, "malformed descriptor chain");
         }
     }
@@ -129,8 +128,8 @@ impl<D: Disk> Worker<D> {
             }
             Parsed::Answer(status) => return self.answer_now(&parts, arrival, status),
         };
-        if lost_here() {
-            // What was read of it may be zeros that the guest never wrote.
+        if self.memory_is_lost() {
+            // What was read of the request itself.
             return self.answer_now(&parts, arrival, Status::IoError);
         }
         let Arrival { queue, head, now } = arrival;

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use libc::{c_int, c_void, siginfo_t};
 
-use super::{LOST_HERE, SINGLE_PAGES, find};
+use super::{SINGLE_PAGES, find};
 
 /// Installs the handler, once in the life of the process, and lets this thread and those it will make receive the signal:
 /// a SIGBUS that is blocked kills at once.
@@ -76,12 +76,15 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, _context: *mut c_vo
 /// Puts zeros in place of a missing part of guest memory; false if it is none.
 fn replace(address: usize) -> bool {
     let Some((table, area)) = find(address) else { return false };
+    // First of all: another thread may read the zeros as soon as they are there, and must find this set then.
+    let first = !table.lost.swap(true, Ordering::SeqCst);
     let whole = table.replaced.fetch_add(1, Ordering::Relaxed) >= SINGLE_PAGES;
-    if !put_zeros(area.hole(address, whole)) && !put_zeros(area.hole(address, true)) {
+    // The kernel may refuse the one for what all of the process has mapped (overcommit_memory=2, RLIMIT_DATA), and the
+    // other for how many mappings that is.
+    if !put_zeros(area.hole(address, whole)) && !put_zeros(area.hole(address, !whole)) {
         return false;
     }
-    LOST_HERE.with(|lost| lost.store(true, Ordering::Relaxed));
-    if !table.lost.swap(true, Ordering::AcqRel) {
+    if first {
         let (bell, one) = (table.bell.load(Ordering::Acquire), 1_u64);
         // SAFETY: `one` is a local of eight bytes. The descriptor is the eventfd of the session whose memory this thread
         // is touching, so it is open; a counter at its maximum is readable already.

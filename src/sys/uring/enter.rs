@@ -136,6 +136,7 @@ impl Ring {
             let pushed = match self.broken {
                 Some(error) => Err(-error),
                 None if stale || self.barred => Err(-libc::EAGAIN),
+                None if self.memory_is_lost() => Err(-libc::EFAULT),
                 None => self.push(&entry),
             };
             match pushed {
