@@ -126,7 +126,24 @@ fn a_driver_that_another_daemon_told_its_mode_gets_write_through() {
     set_writeback(&mut front, 1);
     assert!(!through(&disk, &mut front, 1), "told otherwise");
     drop(front);
-    assert!(!through(&disk, &mut connect(&bed, false, 200), 0));
+    // Where its ring has got to.
+    assert!(!through(&disk, &mut connect(&bed, false, 130), 1));
+}
+
+/// cloud-hypervisor restores a VM without asking for the configuration, as if it connected again.
+#[test]
+fn a_restored_driver_does_not_get_what_another_vm_was_told() {
+    let Some(rig) = Rig::enter() else { return };
+    let (disk, bed) = served(&rig);
+    let mut front = connect(&bed, true, 0);
+    set_writeback(&mut front, 0);
+    assert!(through(&disk, &mut front, 0));
+    drop(front);
+    let mut front = connect(&bed, true, 0);
+    assert!(!through(&disk, &mut front, 0) && !through(&disk, &mut front, 0));
+    drop(front);
+    let mut front = connect(&bed, false, 20);
+    assert!(through(&disk, &mut front, 0), "the first VM's driver never flushes");
 }
 
 /// Restored or migrated: the frontend is new and asks, its driver is not and was told elsewhere.

@@ -253,11 +253,6 @@ impl Backend {
         })
     }
 
-    /// A worker has taken the first chain of a ring, whose used index is `index`.
-    pub(crate) fn ring_started(&self, queue: u16, index: u16) {
-        self.mode_changed(self.mode.start(&self.config.cache, queue, index));
-    }
-
     fn mode_changed(&self, changed: Changed) {
         if changed.guessed {
             let _named = self.span.enter();

@@ -83,6 +83,19 @@ impl Backend {
     }
 }
 
+/// What workers say of their rings.
+impl Backend {
+    /// A worker has taken the first chain of a ring, whose used index is `index`.
+    pub(crate) fn ring_started(&self, queue: u16, index: u16) {
+        self.mode_changed(self.mode.start(&self.config.cache, queue, index));
+    }
+
+    /// A worker has published the last request of a queue.
+    pub(crate) fn ring_ended(&self, queue: u16, index: u16) {
+        self.config.cache.ended(queue, index);
+    }
+}
+
 impl Hooks for Backend {
     fn vring_fd(&self, queue: u64, which: VringFd, fd: Option<Notifier>) {
         let Some((thread, place)) = usize::try_from(queue).ok().and_then(|q| self.place(q)) else {

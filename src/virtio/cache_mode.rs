@@ -14,14 +14,27 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 use super::features::{WRITEBACK_OFFSET, has};
+use super::session::MAX_QUEUES;
 
 /// What is known of a device's drivers. It outlives the sessions.
 #[derive(Debug)]
 pub struct CacheMode {
     /// What a frontend is told that begins: `--cache`.
     default: bool,
-    told: Mutex<Told>,
+    driver: Mutex<Driver>,
 }
+
+/// The present driver.
+#[derive(Debug)]
+struct Driver {
+    told: Told,
+    /// By queue, the used index that was published last in its last session; none of a queue that it has not used.
+    /// Nobody else has published on its rings since, so one that goes on elsewhere is another driver's.
+    ended: Ended,
+}
+
+type Ended = [Option<u16>; MAX_QUEUES as usize];
+const NEVER: Ended = [None; MAX_QUEUES as usize];
 
 /// What the present driver was told of `writeback`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,11 +51,19 @@ impl CacheMode {
     /// Of a device that no frontend has come to yet; `write_back` is what the first is told.
     #[must_use]
     pub const fn new(write_back: bool) -> Self {
-        Self { default: write_back, told: Mutex::new(Told::Nothing) }
+        let driver = Driver { told: Told::Nothing, ended: NEVER };
+        Self { default: write_back, driver: Mutex::new(driver) }
     }
 
-    fn told(&self) -> MutexGuard<'_, Told> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A session is over for a queue that it has served; `index` is the used index that was published last.
+    pub(crate) fn ended(&self, queue: u16, index: u16) {
+        if let Some(ended) = self.driver().ended.get_mut(usize::from(queue)) {
+            *ended = Some(index);
+        }
+    }
+
+    fn driver(&self) -> MutexGuard<'_, Driver> {
+        self.driver.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -103,9 +124,9 @@ impl SessionMode {
 
     /// The driver has set `writeback`.
     pub(crate) fn set(&self, device: &CacheMode, writeback: bool) -> Changed {
-        self.change(device, |state, told| {
+        self.change(device, |state, driver| {
             state.source = Source::Driver;
-            *told = Told::Writeback(writeback);
+            driver.told = Told::Writeback(writeback);
         })
     }
 
@@ -123,7 +144,7 @@ impl SessionMode {
             }
         });
         let state = self.lock();
-        let writeback = state.told(device, *device.told()) == Told::Writeback(true);
+        let writeback = state.told(device, device.driver().told) == Told::Writeback(true);
         let no_flush =
             has(state.acked, VIRTIO_BLK_F_CONFIG_WCE) && !has(state.acked, VIRTIO_BLK_F_FLUSH);
         u8::from(writeback && !no_flush)
@@ -133,34 +154,37 @@ impl SessionMode {
     /// One that is not 0 and that this session has not brought about is a driver's that began
     /// before this frontend did, or before this process: whatever it was told, it was not by us.
     pub(crate) fn index(&self, device: &CacheMode, queue: u16, index: u16) -> Changed {
-        self.change(device, |state, told| state.look_at(told, queue, index))
+        self.change(device, |state, driver| state.look_at(driver, queue, index, false))
     }
 
     /// The first chain has been taken from a queue since its ring was set up, at used index
     /// `index`.
     pub(crate) fn start(&self, device: &CacheMode, queue: u16, index: u16) -> Changed {
-        self.change(device, |state, told| {
-            state.look_at(told, queue, index);
+        self.change(device, |state, driver| {
+            state.look_at(driver, queue, index, true);
             state.served |= bit(queue);
-            state.running = true;
+            let first = !std::mem::replace(&mut state.running, true);
             // One whose rings begin here is taken for new.
-            if *told == Told::Nothing {
+            if driver.told == Told::Nothing {
                 state.source = Source::Offer;
             }
             if state.source == Source::Offer {
-                *told = Told::Writeback(device.default);
+                driver.told = Told::Writeback(device.default);
+                if first {
+                    driver.ended = NEVER;
+                }
             }
         })
     }
 
-    fn change(&self, device: &CacheMode, act: impl FnOnce(&mut State, &mut Told)) -> Changed {
+    fn change(&self, device: &CacheMode, act: impl FnOnce(&mut State, &mut Driver)) -> Changed {
         let mut state = self.lock();
-        let mut told = device.told();
-        let guessed = state.guesses(device, *told);
-        act(&mut state, &mut told);
-        let now = state.write_through(device, *told);
+        let mut driver = device.driver();
+        let guessed = state.guesses(device, driver.told);
+        act(&mut state, &mut driver);
+        let now = state.write_through(device, driver.told);
         let before = self.write_through.swap(now, Ordering::AcqRel);
-        Changed { mode: now != before, guessed: !guessed && state.guesses(device, *told) }
+        Changed { mode: now != before, guessed: !guessed && state.guesses(device, driver.told) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -177,11 +201,18 @@ impl State {
         }
     }
 
-    fn look_at(&mut self, told: &mut Told, queue: u16, index: u16) {
-        let ours = self.source == Source::Offer || *told == Told::Nothing;
-        if index != 0 && self.served & bit(queue) == 0 && ours {
+    /// Only a used index tells one driver from another: what a frontend names as the available index when it connects
+    /// again may include what its guest has offered meanwhile.
+    fn look_at(&mut self, driver: &mut Driver, queue: u16, index: u16, used: bool) {
+        let ended = driver.ended.get(usize::from(queue)).copied().flatten();
+        let other = match (self.source, driver.told) {
+            (Source::Offer, _) | (_, Told::Nothing) => true,
+            (Source::Before, Told::Writeback(_)) => used && ended != Some(index),
+            (Source::Before, Told::Elsewhere) | (Source::Driver, _) => false,
+        };
+        if index != 0 && self.served & bit(queue) == 0 && other {
             self.source = Source::Before;
-            *told = Told::Elsewhere;
+            *driver = Driver { told: Told::Elsewhere, ended: NEVER };
         }
     }
 

@@ -16,6 +16,7 @@ fn new_frontend(device: &CacheMode, acked: u64) -> SessionMode {
     let session = session(device, acked);
     session.ask(device, 0, 60);
     session.start(device, 0, 0);
+    device.ended(0, 7);
     session
 }
 
@@ -36,6 +37,7 @@ fn a_new_frontend_gets_the_default() {
         assert_eq!(session.write_through(), !default, "before its first request");
         session.start(&device, 0, 0);
         assert_eq!(session.write_through(), !default);
+        device.ended(0, 7);
         assert_eq!(again(&device, BOTH).write_through(), !default, "when it connects again");
     }
 }
@@ -84,6 +86,7 @@ fn a_driver_that_was_told_by_somebody_else_may_believe_in_write_through() {
     assert_eq!(fresh.ask(&device, 0, 60), 0, "it is told what holds");
     assert!(again(&device, BOTH).write_through());
     fresh.set(&device, true);
+    device.ended(0, 7);
     assert!(!fresh.write_through() && !again(&device, BOTH).write_through());
 }
 
@@ -111,6 +114,39 @@ fn a_frontend_that_never_asks_is_new_if_its_rings_are() {
         fresh.start(&device, 1, 5);
         assert!(fresh.write_through());
     }
+}
+
+/// cloud-hypervisor does not ask when it restores a VM: only where the ring goes on tells it from one that connects again.
+#[test]
+fn a_ring_that_goes_on_elsewhere_is_another_drivers() {
+    let device = CacheMode::new(true);
+    new_frontend(&device, BOTH).set(&device, false);
+    new_frontend(&device, BOTH);
+    // Connected again, its guest has offered more meanwhile.
+    let same = session(&device, BOTH);
+    same.index(&device, 0, 9);
+    same.start(&device, 0, 7);
+    assert!(!same.write_through());
+    device.ended(0, 30);
+    let restored = again(&device, BOTH);
+    assert!(restored.write_through(), "the first one's driver");
+    restored.set(&device, true);
+    assert!(!restored.write_through());
+}
+
+/// Where another driver's rings ended says nothing.
+#[test]
+fn rings_of_a_driver_before_are_forgotten() {
+    let device = CacheMode::new(true);
+    new_frontend(&device, BOTH).set(&device, false);
+    device.ended(1, 5);
+    new_frontend(&device, BOTH);
+    let restored = session(&device, BOTH);
+    assert!(restored.start(&device, 1, 5).guessed);
+    assert!(restored.write_through());
+    let reset = session(&device, BOTH);
+    reset.start(&device, 0, 0);
+    assert!(reset.write_through(), "told by whom nobody knows");
 }
 
 /// A driver that did not negotiate CONFIG_WCE flushes.

@@ -112,6 +112,8 @@ pub(crate) struct Queue {
     started: Option<u64>,
     /// The used index it began with, until [`begun`](Self::begun) has told it.
     begun: Option<u16>,
+    /// It has begun at least once.
+    served: bool,
     /// The next used element's index. The crate's own count is not it: the crate reads that from
     /// guest memory at SET_VRING_ADDR, when an old driver's index may still be there, or, in a
     /// running ring, while we publish.
@@ -189,6 +191,7 @@ impl Queue {
             self.next_used = load(memory, ring, 2).ok_or(Broken::Outside)?;
             self.started = Some(ring);
             self.begun = Some(self.next_used);
+            self.served = true;
         }
         Ok(())
     }
@@ -201,6 +204,11 @@ impl Queue {
     /// The used index that the ring was started with, once each time it is.
     pub(crate) fn begun(&mut self) -> Option<u16> {
         self.begun.take()
+    }
+
+    /// The used index that was published last; `None` if no ring has been started.
+    pub(crate) fn ended(&self) -> Option<u16> {
+        self.served.then_some(self.next_used)
     }
 
     /// Nothing is to be taken this round, whatever the guest has offered.

@@ -146,6 +146,11 @@ impl<D: Disk> Worker<D> {
             return false;
         }
         self.disk = None;
+        for queue in &self.queues {
+            if let Some(index) = queue.ended() {
+                self.backend.ring_ended(queue.index, index);
+            }
+        }
         // Mail comes by the crate's epoll set again.
         self.leave();
         // R13: what was written since the last flush is still owed to the next session's.
