@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -34,6 +34,26 @@ fn connected(bed: &Bed, rings: u16) -> Frontend {
     front.negotiate(FEATURES).unwrap();
     front.share_memory().unwrap();
     front
+}
+
+/// It keeps its process and its connection, so that the relay, which waits for room to send, sees no end of it.
+#[test]
+fn a_frontend_that_closes_its_end_and_does_not_read_makes_room_for_the_next() {
+    let Some(rig) = Rig::enter() else { return };
+    let bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
+    let mut stuck = UnixStream::connect(bed.daemon.socket()).unwrap();
+    stuck.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    // GET_FEATURES, version 1, no payload: its answer is longer.
+    let request: Vec<u8> = [1_u32, 1, 0].into_iter().flat_map(u32::to_le_bytes).collect();
+    let full = (0..1_000_000).find_map(|_| stuck.write_all(&request).err());
+    assert_eq!(full.unwrap().kind(), std::io::ErrorKind::WouldBlock);
+    stuck.shutdown(std::net::Shutdown::Write).unwrap();
+    let (done, served) = std::sync::mpsc::channel();
+    let socket = bed.daemon.socket().to_owned();
+    std::thread::spawn(move || done.send(Frontend::start(&socket, 1, 64, FEATURES)));
+    let mut front = served.recv_timeout(PATIENCE).expect("the next one waits").unwrap();
+    read_block(&bed, &mut front, 0);
+    drop(stuck);
 }
 
 #[test]

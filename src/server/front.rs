@@ -92,8 +92,9 @@ impl Front {
             && session.hung_up()
         {
             // The session that is there is over and only does not know it yet: the next frontend
-            // waits for its end, it is not refused.
-            self.close(poll);
+            // waits for its end, it is not refused. One that has closed its end but does not read would
+            // not know it before its process goes, as its relay waits for room to send.
+            self.end(poll, now);
             return BTreeSet::new();
         }
         if matches!(self.slot, Slot::Draining { .. }) {
