@@ -48,6 +48,11 @@ pub(crate) struct Signal {
     /// Made for the first eventfd and kept: the next one is registered with the same ring.
     signaller: Option<Signaller>,
     aimed: bool,
+    /// The last signal could not be sent.
+    owed: bool,
+    /// How many signals the kernel is to be short of memory for.
+    #[cfg(test)]
+    pub(crate) refused: u32,
 }
 
 impl Signal {
@@ -56,7 +61,7 @@ impl Signal {
     /// # Errors
     /// The kernel has no descriptor or no memory left. Nothing is signalled then.
     pub(crate) fn aim(&mut self, to: Option<&Notifier>) -> io::Result<()> {
-        self.aimed = false;
+        (self.aimed, self.owed) = (false, false);
         let signaller = match (&mut self.signaller, to) {
             (Some(signaller), _) => signaller,
             (None, Some(_)) => self.signaller.insert(Signaller::new()?),
@@ -67,16 +72,32 @@ impl Signal {
         Ok(())
     }
 
-    /// Signals; false if there is nothing to signal, or no memory to do it with.
+    /// Signals; false if there is nothing to signal, or no memory to do it with: then the signal is owed.
     pub(crate) fn send(&mut self) -> bool {
-        let signaller = self.signaller.as_mut().filter(|_| self.aimed);
-        signaller.is_some_and(|signaller| match signaller.signal() {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::error!(%error, "a guest cannot be signalled");
-                false
+        let was_owed = std::mem::take(&mut self.owed);
+        let Some(signaller) = self.signaller.as_mut().filter(|_| self.aimed) else { return false };
+        #[cfg(not(test))]
+        let result = signaller.signal();
+        #[cfg(test)]
+        let result = match self.refused.checked_sub(1) {
+            None => signaller.signal(),
+            Some(left) => {
+                self.refused = left;
+                Err(io::ErrorKind::OutOfMemory.into())
             }
-        })
+        };
+        if let Err(error) = result {
+            self.owed = true;
+            if !was_owed {
+                tracing::error!(%error, "a guest cannot be signalled for now");
+            }
+        }
+        !self.owed
+    }
+
+    /// Whether the last signal could not be sent.
+    pub(crate) const fn is_owed(&self) -> bool {
+        self.owed
     }
 }
 

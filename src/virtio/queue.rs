@@ -287,6 +287,12 @@ impl Queue {
         memory: &Memory,
         now: bool,
     ) -> Result<(), Broken> {
+        if self.call.is_owed() {
+            // It tells of all that was published meanwhile.
+            (self.untold, self.put_off) = (None, 0);
+            self.signal();
+            return Ok(());
+        }
         let Some(old) = self.untold else { return Ok(()) };
         let state = vring.get_ref();
         let queue = state.get_queue();
@@ -312,7 +318,7 @@ impl Queue {
         std::mem::take(&mut self.fresh) && self.untold.is_some() && self.in_flight >= DEEP
     }
 
-    /// Signals the guest, if it gave us a way to.
+    /// Signals the guest, if it gave us a way to. What fails [`notify`](Self::notify) tries again.
     pub(crate) fn signal(&mut self) {
         if self.call.send() {
             self.counters.calls.add(1);

@@ -133,6 +133,31 @@ fn a_ring_outside_of_memory_breaks_the_queue() {
 }
 
 #[test]
+fn a_signal_that_could_not_be_sent_is_sent_later() {
+    let mut rig = with_call(rig(true));
+    rig.queue.in_flight = 8;
+    rig.queue.call.refused = 2;
+    assert_eq!(rig.publish(&[1, 2]), 0);
+    assert!(rig.queue.call.is_owed());
+    // What is published meanwhile the guest does not want to hear of.
+    rig.set_used_event(6);
+    assert_eq!(rig.publish(&[3]), 0);
+    assert!(rig.queue.call.is_owed());
+    assert_eq!(rig.publish(&[]), 1);
+    assert!(!rig.queue.call.is_owed());
+    assert_eq!(rig.publish(&[]), 0, "once");
+    // One that is due to a new eventfd is not asked for.
+    rig.queue.call.refused = 1;
+    rig.queue.signal();
+    assert_eq!(rig.publish(&[]), 1);
+    // With no eventfd any more, nothing is owed.
+    rig.queue.call.refused = 1;
+    rig.queue.signal();
+    rig.queue.call.aim(None).unwrap();
+    assert!(!rig.queue.call.is_owed());
+}
+
+#[test]
 fn one_signal_a_batch_and_none_that_is_not_wanted() {
     let mut rig = with_call(rig(false));
     rig.queue.in_flight = 8;

@@ -52,7 +52,12 @@ impl<D: Disk> Worker<D> {
                     sleep = Sleep::Nap;
                     return Ok(());
                 }
-                queue.notify(vring, memory, true)
+                let told = queue.notify(vring, memory, true);
+                if queue.call.is_owed() {
+                    // The kernel is short of memory, which will pass.
+                    sleep = Sleep::Nap;
+                }
+                told
             });
         }
         self.call(|disk| disk.wait(sleep));
