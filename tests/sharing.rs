@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -174,6 +175,124 @@ fn direct_mode_waits_for_openers_that_could_deduplicate() {
         twins.check(&mut client);
         drop((client, daemon));
         twins.fs.check().unwrap();
+    }
+}
+
+/// What the units of systemd gave before the search for such descriptors needed more.
+const WITHOUT_PTRACE: &str = "CAP_LEASE CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_CHOWN CAP_FOWNER";
+
+/// The capabilities that a shipped unit gives.
+fn unit_capabilities(unit: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("resources/systemd").join(unit);
+    let text = std::fs::read_to_string(path).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+    line.unwrap().to_owned()
+}
+
+/// The daemon with no more than these capabilities.
+fn confined(twins: &Twins, rig: &Rig, name: &str, capabilities: &str) -> Daemon {
+    let names = capabilities.to_lowercase().replace("cap_", "+");
+    let names: Vec<&str> = names.split_whitespace().collect();
+    let set = format!("--bounding-set=-all,{}", names.join(","));
+    let dir = rig.dir(name).unwrap();
+    let role = [set.as_str(), "--", PROGRAM];
+    Daemon::start_as(Path::new("setpriv"), &role, &dir, &twins.image, &[]).unwrap()
+}
+
+fn unseen(status: &Status) -> bool {
+    !status.direct() && status.reason().contains("CAP_SYS_PTRACE")
+}
+
+/// A descriptor for ioctls only that extentd may not look at is as good as one that it has seen,
+/// and the reason says what is missing; with what the units give it is seen.
+#[test]
+fn direct_mode_waits_where_descriptors_cannot_be_seen() {
+    let Some(rig) = Rig::enter() else { return };
+    let twins = Twins::make(&rig, Kind::XfsReflink);
+    let signs = rig.dir("signs").unwrap();
+    let holder = || Waiting::start(&signs, &twins.image, Access::Neither, &twins.twin, SIZE);
+    let other = holder().unwrap();
+    let daemon = confined(&twins, &rig, "blind", WITHOUT_PTRACE);
+    daemon.await_status("the reason", PATIENCE, unseen).unwrap();
+    let mut client = connect(&daemon);
+    // It tries again several times in this while, and says it once.
+    for _ in 0..30 {
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(unseen(&daemon.status().unwrap()), "{}", daemon.log());
+    }
+    let log = daemon.log();
+    assert!(log.matches("mode=").count() <= 2, "{log}");
+    // Which process is the first that it may not look into depends on the host.
+    assert_eq!(log.matches("ioctls only cannot be seen: process ").count(), 1, "{log}");
+    other.go().unwrap();
+    fill_with(twins.fs.path(), SECRET).unwrap();
+    twins.check(&mut client);
+    drop((client, daemon));
+    std::fs::remove_file(twins.fs.path().join("secret")).unwrap();
+    for unit in ["extentd.service", "extentd@.service"] {
+        for sign in ["open", "go"] {
+            std::fs::remove_file(signs.join(sign)).unwrap();
+        }
+        let other = holder().unwrap();
+        let daemon = confined(&twins, &rig, unit, &unit_capabilities(unit));
+        let busy = |status: &Status| status.reason().contains("another process has the image open");
+        daemon.await_status("the reason", PATIENCE, busy).unwrap();
+        let named = format!("process {} has it open for ioctls only", other.pid());
+        assert!(daemon.log().contains(&named), "{}", daemon.log());
+        other.go().unwrap();
+        daemon.await_status("direct mode", PATIENCE, Status::direct).unwrap();
+    }
+    twins.fs.check().unwrap();
+}
+
+/// In a pid namespace of its own extentd sees its own processes only.
+#[test]
+fn direct_mode_waits_where_processes_cannot_be_seen() {
+    for (kind, direct) in [(Kind::XfsReflink, false), (Kind::Xfs, true)] {
+        let Some(rig) = Rig::enter() else { return };
+        let twins = Twins::make(&rig, kind);
+        let dir = rig.dir("run").unwrap();
+        let role = ["--pid", "--fork", "--kill-child", "--mount-proc", "--", PROGRAM];
+        let unshare = Path::new("unshare");
+        let daemon = Daemon::start_as(unshare, &role, &dir, &twins.image, &[]).unwrap();
+        let expected = if direct { Status::direct } else { unseen };
+        daemon.await_status("the mode", PATIENCE, expected).unwrap();
+    }
+}
+
+/// A thread whose table of descriptors is its own, or that of a process whose first thread has
+/// ended: what `/proc/PID/fd` shows is another one, or nothing.
+const APART: &str = r#"
+import ctypes, os, platform, sys, threading, time
+libc = ctypes.CDLL(None)
+def hold():
+    if sys.argv[2] == "unshare" and libc.unshare(0x400):
+        return
+    os.open(sys.argv[1], 3)
+    print("open", flush=True)
+    time.sleep(600)
+threading.Thread(target=hold).start()
+if sys.argv[2] == "exit":
+    libc.syscall(60 if platform.machine() == "x86_64" else 93, 0)
+"#;
+
+#[test]
+fn direct_mode_waits_for_a_thread_with_descriptors_of_its_own() {
+    for how in ["unshare", "exit"] {
+        let Some(rig) = Rig::enter() else { return };
+        let twins = Twins::make(&rig, Kind::XfsReflink);
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--", "python3", "-c", APART]).arg(&twins.image);
+        let mut other = spawn(command.arg(how).stdout(Stdio::piped())).unwrap();
+        other.stdout.as_mut().unwrap().read_exact(&mut [0; 1]).unwrap();
+        let daemon = twins.daemon(&rig, "run", &[]);
+        let busy = |status: &Status| status.reason().contains("another process has the image open");
+        daemon.await_status("the reason", PATIENCE, busy).unwrap();
+        let named = format!("process {} has it open for ioctls only", other.id());
+        assert!(daemon.log().contains(&named), "{how}: {}", daemon.log());
+        other.kill().unwrap();
+        other.wait().unwrap();
+        daemon.await_status("direct mode", PATIENCE, Status::direct).unwrap();
     }
 }
 

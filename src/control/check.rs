@@ -123,6 +123,9 @@ pub const fn refusal(refusal: Refusal) -> &'static str {
         Refusal::Busy => {
             "another process has the image open; end it, or wait until it closes the file"
         }
+        Refusal::Unseen => {
+            "extentd cannot see the descriptors of all processes, and by one for ioctls only blocks of the image could be moved on this filesystem; add CAP_SYS_PTRACE to CapabilityBoundingSet= (for another user than root to AmbientCapabilities= too) and leave it the host's /proc and pid namespace (no ProtectProc=, PrivatePIDs=), or put the image on ext4 or an XFS without reflink (mkfs.xfs -m reflink=0)"
+        }
         Refusal::PagesCached => {
             "pages of the image stay in the page cache; end the process that maps or locks them"
         }

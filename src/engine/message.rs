@@ -143,6 +143,8 @@ pub enum Job {
 pub enum Refusal {
     /// Somebody has the file open: F_SETLEASE said EAGAIN.
     Busy,
+    /// It cannot be told whether somebody has the file open in a way that leases do not count.
+    Unseen,
     /// The page cache would not become empty.
     PagesCached,
     /// The image is no longer what it was when it was opened (size, mount).
@@ -253,6 +255,8 @@ pub enum Why {
     Changed,
     /// Somebody else has the file open.
     Busy,
+    /// Somebody else may have it open, in a way that leases do not count.
+    Unseen,
     /// The page cache would not become empty.
     PagesCached,
     /// Entering failed otherwise.

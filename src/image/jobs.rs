@@ -22,6 +22,9 @@ use crate::sys::{fiemap, lease, page_cache};
 const DROPS: u32 = 10;
 const DROP_PAUSE: Duration = Duration::from_millis(5);
 
+/// In place of a process, in `Image::uncounted`: it could not be told whether there is one.
+const UNSEEN: u32 = u32::MAX;
+
 /// The errno of an error, for the keeper; EIO if it is our own.
 fn errno(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO)
@@ -149,19 +152,36 @@ impl Image {
         ready
     }
 
-    /// Whether the lease counts everybody: looked at while it is held, since from then on every open breaks it. Where files cannot
-    /// share blocks nothing that such a descriptor is good for moves any.
+    /// Whether the lease counts everybody: looked at while it is held, since from then on every open
+    /// breaks it. Where files cannot share blocks nothing that such a descriptor is good for moves
+    /// any.
     fn counted(&self) -> Result<(), Refusal> {
-        let Identity { dev, ino } = self.identity;
-        let pid = self.shares_blocks.then(|| openers::uncounted(dev, ino)).flatten().unwrap_or(0);
-        // Once for each, not at each try.
-        if self.uncounted.swap(pid, Ordering::Relaxed) != pid && pid != 0 {
-            tracing::warn!(
-                "{}: process {pid} has it open for ioctls only (access mode 3), by which its blocks can be moved unseen; end that one",
-                self.path.display()
-            );
+        if !self.shares_blocks {
+            return Ok(());
         }
-        if pid == 0 { Ok(()) } else { Err(Refusal::Busy) }
+        let Identity { dev, ino } = self.identity;
+        let last = self.uncounted.load(Ordering::Relaxed);
+        let found = openers::uncounted(dev, ino, last, openers::LIMIT);
+        let (now, counted) = match found {
+            Ok(None) => (0, Ok(())),
+            Ok(Some(pid)) => (pid, Err(Refusal::Busy)),
+            Err(_) => (UNSEEN, Err(Refusal::Unseen)),
+        };
+        // Once for each, not at each try.
+        if self.uncounted.swap(now, Ordering::Relaxed) != now {
+            let path = self.path.display();
+            match found {
+                Ok(None) => {}
+                Ok(Some(pid)) => tracing::warn!(
+                    "{path}: process {pid} has it open for ioctls only (access mode 3), by which \
+                     its blocks can be moved unseen; end that one"
+                ),
+                Err(unseen) => {
+                    tracing::warn!("{path}: descriptors for ioctls only cannot be seen: {unseen}");
+                }
+            }
+        }
+        counted
     }
 
     /// Whether what was found out at open still holds.

@@ -2,38 +2,201 @@
 //! Finds descriptors that a lease does not count: the access mode 3 of open(2), "for ioctls only",
 //! makes its holder neither a reader nor a writer, so that a lease is granted beside it, and
 //! FIDEDUPERANGE is content with it (ADR 0008).
+//!
+//! What cannot be examined counts as such a descriptor. A link in `/proc/PID/fd` tells by its own
+//! permissions, which take no ptrace access, whether the descriptor reads or writes; only those
+//! that do neither are looked at more closely. No file is ever followed that is not the image, so
+//! that a network filesystem which does not answer holds nothing up.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::thread::{CapabilitySet, capabilities};
+
+use crate::sys::process::share_descriptors;
 
 /// The access mode's bits among the flags of an open file, all set: neither reads nor writes.
 const NEITHER: u32 = 3;
+/// The permissions of a link in `/proc/PID/fd`: read if its descriptor reads, write if it writes.
+const READS_OR_WRITES: u32 = 0o600;
+/// init, whatever its name.
+const INIT: u32 = 1;
+/// kthreadd, which is in the first pid namespace only.
+const KTHREADD: u32 = 2;
+/// The flag PF_KTHREAD of a task: it has no descriptors.
+const KERNEL_THREAD: u32 = 0x20_0000;
 
-/// A process, not this one, that has the file open without being counted, as far as `/proc` shows
-/// them: descriptors that are on their way through a socket, or in another pid namespace's
-/// processes, cannot be seen.
-pub(super) fn uncounted(dev: u64, ino: u64) -> Option<u32> {
-    let own = std::process::id();
-    let processes = fs::read_dir("/proc").ok()?.flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|&pid| pid != own).find(|pid| {
-        let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-        files.flatten().any(|file| {
-            // Following the link opens nothing, and so breaks no lease.
-            let same = fs::metadata(file.path()).is_ok_and(|m| (m.dev(), m.ino()) == (dev, ino));
-            same && {
-                let info = format!("/proc/{pid}/fdinfo/{}", file.file_name().display());
-                access_mode(&fs::read_to_string(info).unwrap_or_default()) == Some(NEITHER)
+/// A search ends within this time: other work waits for the thread that does it, and any user of
+/// the host can open descriptors. A million are searched in five seconds.
+pub(super) const LIMIT: Duration = Duration::from_secs(10);
+
+/// Why it cannot be told whether there is such a descriptor.
+#[derive(thiserror::Error, Debug)]
+pub(super) enum Unseen {
+    /// In a pid namespace of our own, or behind `hidepid=`.
+    #[error("/proc does not show all processes of the host")]
+    Processes,
+    /// Of a process.
+    #[error("process {pid}: {source}")]
+    Descriptors {
+        /// Its number.
+        pid: u32,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// More than can be searched in the time.
+    #[error("there are too many to be searched in {} s", .0.as_secs())]
+    TooMany(Duration),
+}
+
+/// What is searched for, and how long.
+struct Search {
+    dev: u64,
+    ino: u64,
+    until: Instant,
+}
+
+/// A process that has the file open without being counted. `last` is looked at before all others:
+/// the answer of the time before, or 0.
+///
+/// # Errors
+/// The first thing that could not be examined.
+pub(super) fn uncounted(
+    dev: u64,
+    ino: u64,
+    last: u32,
+    limit: Duration,
+) -> Result<Option<u32>, Unseen> {
+    let search = Search { dev, ino, until: Instant::now() + limit };
+    if !shows_all_processes() {
+        return Err(Unseen::Processes);
+    }
+    let listed = numbers(Path::new("/proc")).map_err(|_| Unseen::Processes)?;
+    for pid in std::iter::once(last).filter(|&pid| pid != 0).chain(listed) {
+        match search.process_has(pid) {
+            Ok(true) => return Ok(Some(pid)),
+            Ok(false) => {}
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                return Err(Unseen::TooMany(limit));
             }
-        })
-    })
+            Err(_) if is_kernel_thread(pid) => {}
+            Err(error)
+                if pid == INIT
+                    && error.kind() == io::ErrorKind::PermissionDenied
+                    && may_look_everywhere() => {}
+            Err(source) => return Err(Unseen::Descriptors { pid, source }),
+        }
+    }
+    Ok(None)
+}
+
+/// Whether `/proc` is that of the first pid namespace, from which all processes can be seen, hides
+/// none of them from us (`hidepid=`, ProtectProc=), and has the numbers that we know them by.
+fn shows_all_processes() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+    numbers.is_some_and(|line| line.split_whitespace().count() == 1) && is_kernel_thread(KTHREADD)
+}
+
+/// Whether the kernel lets us look into every process, so that only a security module can hide
+/// one. Where one hides init, that is taken as it is: there would be no direct mode at all.
+fn may_look_everywhere() -> bool {
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_PTRACE))
+}
+
+impl Search {
+    /// Threads usually share one table of descriptors, but need not.
+    fn process_has(&self, pid: u32) -> io::Result<bool> {
+        let process = PathBuf::from(format!("/proc/{pid}"));
+        if self.table_has(&process)? {
+            return Ok(true);
+        }
+        let tasks = process.join("task");
+        for tid in unless_gone(numbers(&tasks))? {
+            // Where the kernel does not tell, the table is read, the same one again perhaps.
+            let same = tid == pid || share_descriptors(pid, tid).unwrap_or(false);
+            if !same && self.table_has(&tasks.join(tid.to_string()))? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether the file is among the descriptors of a task, whose directory this is.
+    fn table_has(&self, task: &Path) -> io::Result<bool> {
+        for fd in unless_gone(numbers(&task.join("fd")))? {
+            if Instant::now() >= self.until {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let link = task.join("fd").join(fd.to_string());
+            let mode = unless_gone(fs::symlink_metadata(&link).map(|link| Some(link.mode())))?;
+            if mode.is_none_or(|mode| mode & READS_OR_WRITES != 0) {
+                continue;
+            }
+            let info = unless_gone(fs::read(task.join("fdinfo").join(fd.to_string())))?;
+            let info = String::from_utf8_lossy(&info);
+            if info.is_empty() || access_mode(&info)? != NEITHER {
+                continue;
+            }
+            if inode(&info).is_some_and(|ino| ino != self.ino) {
+                continue;
+            }
+            // Following the link opens nothing, and so breaks no lease.
+            let file = unless_gone(fs::metadata(&link).map(|file| Some((file.dev(), file.ino()))))?;
+            if file == Some((self.dev, self.ino)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// The entries of a directory that are numbers.
+fn numbers(directory: &Path) -> io::Result<Vec<u32>> {
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        numbers.extend(entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()));
+    }
+    Ok(numbers)
+}
+
+/// What has ended or was closed meanwhile has nothing open.
+fn unless_gone<T: Default>(result: io::Result<T>) -> io::Result<T> {
+    match result {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
+            Ok(T::default())
+        }
+        other => other,
+    }
+}
+
+/// By the flags in `/proc/PID/stat`, the seventh field after the name, which is in parentheses and
+/// may have some itself.
+fn is_kernel_thread(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let flags = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(6));
+    flags
+        .and_then(|flags| flags.parse::<u32>().ok())
+        .is_some_and(|flags| flags & KERNEL_THREAD != 0)
 }
 
 /// From `flags:\t0100003`, in octal, of a file in `/proc/PID/fdinfo`. A descriptor that only names
 /// a file (O_PATH) says 0.
-fn access_mode(info: &str) -> Option<u32> {
-    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
-    Some(u32::from_str_radix(flags.trim(), 8).ok()? & NEITHER)
+fn access_mode(info: &str) -> io::Result<u32> {
+    let flags = field(info, "flags:").and_then(|flags| u32::from_str_radix(flags, 8).ok());
+    flags.map(|flags| flags & NEITHER).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// From `ino:\t131`, which Linux has since 5.14.
+fn inode(info: &str) -> Option<u64> {
+    field(info, "ino:")?.parse().ok()
+}
+
+fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
 }
 
 #[cfg(test)]
@@ -42,9 +205,25 @@ mod tests {
 
     #[test]
     fn the_access_mode_is_read_from_the_flags() {
-        assert_eq!(access_mode("pos:\t0\nflags:\t0100003\nmnt_id:\t29\n"), Some(3));
-        assert_eq!(access_mode("pos:\t0\nflags:\t02100002\n"), Some(2));
-        assert_eq!(access_mode("pos:\t0\nflags:\t012000000\n"), Some(0));
-        assert_eq!(access_mode("pos:\t0\n"), None);
+        let mode = |info| access_mode(info).ok();
+        assert_eq!(mode("pos:\t0\nflags:\t0100003\nmnt_id:\t29\n"), Some(3));
+        assert_eq!(mode("pos:\t0\nflags:\t02100002\n"), Some(2));
+        assert_eq!(mode("pos:\t0\nflags:\t012000000\n"), Some(0));
+        assert_eq!(mode("pos:\t0\n"), None);
+        assert_eq!(inode("pos:\t0\nflags:\t0100003\nmnt_id:\t29\nino:\t131\n"), Some(131));
+    }
+
+    #[test]
+    fn only_kernel_threads_are_taken_for_some() {
+        assert!(!is_kernel_thread(std::process::id()));
+        assert!(!is_kernel_thread(INIT));
+        assert!(!is_kernel_thread(0));
+    }
+
+    #[test]
+    fn a_search_that_takes_too_long_tells_nothing() {
+        let search = Search { dev: 0, ino: 0, until: Instant::now() };
+        let error = search.process_has(std::process::id()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -47,6 +47,7 @@ const fn words(why: Why) -> &'static str {
         Why::Changed => refusal(Refusal::Changed),
         Why::Mismatch => refusal(Refusal::Mismatch),
         Why::Busy => refusal(Refusal::Busy),
+        Why::Unseen => refusal(Refusal::Unseen),
         Why::PagesCached => refusal(Refusal::PagesCached),
         Why::Failed => refusal(Refusal::Failed(0)),
         Why::Stopping => "extentd is stopping",

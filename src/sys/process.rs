@@ -107,6 +107,18 @@ pub fn peer_pid(socket: BorrowedFd<'_>) -> Option<Pid> {
     if done == 0 { Pid::from_raw(peer.pid) } else { None }
 }
 
+/// Whether two threads of our pid namespace, by their numbers, have one table of descriptors.
+///
+/// # Errors
+/// kcmp's: EPERM without ptrace access to both, ESRCH, ENOSYS where the kernel is built without it.
+pub fn share_descriptors(one: u32, other: u32) -> io::Result<bool> {
+    /// KCMP_FILES of linux/kcmp.h.
+    const FILES: c_int = 2;
+    // SAFETY: a comparison of this type takes numbers only.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, one, other, FILES, 0_usize, 0_usize) };
+    if order < 0 { Err(io::Error::last_os_error()) } else { Ok(order == 0) }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::fd::IntoRawFd;
@@ -136,6 +148,26 @@ mod tests {
         io::Write::write_all(&mut other, b"x").unwrap();
         assert_eq!(rustix::io::read(&mine, &mut [0_u8; 4][..]).unwrap(), 1);
     }
+
+    #[test]
+    fn threads_share_descriptors_and_processes_do_not() {
+        let process = std::process::id();
+        let thread = std::thread::spawn(move || {
+            let thread = rustix::thread::gettid().as_raw_nonzero().get();
+            share_descriptors(process, u32::try_from(thread).unwrap())
+        });
+        match thread.join().unwrap() {
+            Ok(shared) => assert!(shared),
+            Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => return,
+            Err(error) => panic!("{error}"),
+        }
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let shared = share_descriptors(process, child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!shared.unwrap());
+    }
+
     #[test]
     fn the_peer_of_our_own_socket_is_us() {
         let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();

@@ -180,6 +180,7 @@ impl Keeper {
     fn refused(&mut self, now: Duration, refusal: Refusal) {
         let why = match refusal {
             Refusal::Busy => Why::Busy,
+            Refusal::Unseen => Why::Unseen,
             Refusal::PagesCached => Why::PagesCached,
             Refusal::Changed => Why::Changed,
             Refusal::Mismatch => Why::Mismatch,
@@ -193,9 +194,11 @@ impl Keeper {
         self.refusals = self.refusals.saturating_add(1);
         match refusal {
             Refusal::Changed | Refusal::Mismatch => self.ownership = Ownership::Final,
-            Refusal::Busy | Refusal::PagesCached | Refusal::Unsynced(_) | Refusal::Failed(_) => {
-                self.retry(now)
-            }
+            Refusal::Busy
+            | Refusal::Unseen
+            | Refusal::PagesCached
+            | Refusal::Unsynced(_)
+            | Refusal::Failed(_) => self.retry(now),
         }
     }
 
