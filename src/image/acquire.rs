@@ -16,7 +16,7 @@ use crate::sys::fd::set_io_flags;
 
 use super::error::{OpenError, name};
 use super::holders::{self, Class, Holder};
-use super::locks;
+use super::locks::{self, Claim};
 use super::mounts::parse_mountinfo;
 
 /// How often a lock is tried.
@@ -48,16 +48,16 @@ enum Obstacle {
 struct Patience<'a> {
     path: &'a Path,
     file: (u64, u64),
-    read_only: bool,
+    claim: Claim,
     wait: Duration,
     since: Instant,
     said: bool,
 }
 
 impl<'a> Patience<'a> {
-    fn new(path: &'a Path, found: &Stat, read_only: bool, wait: Duration) -> Self {
+    fn new(path: &'a Path, found: &Stat, claim: Claim, wait: Duration) -> Self {
         let file = (found.st_dev, found.st_ino);
-        Self { path, file, read_only, wait, since: Instant::now(), said: false }
+        Self { path, file, claim, wait, since: Instant::now(), said: false }
     }
 
     /// A pause; `false` when the time is up.
@@ -70,10 +70,11 @@ impl<'a> Patience<'a> {
         if !self.said && (obstacle == Obstacle::Lock || waited >= POLITE) {
             self.said = true;
             let (path, seconds) = (self.path.display(), left.as_secs_f32().ceil());
-            let holder = self.holder().map_or_else(
-                || " that cannot be seen (it has ended, and its last I/O has not, or it is in another namespace)".to_owned(),
-                |holder| name(Some(&holder)),
-            );
+            // One that has ended while its last I/O goes on, one of another namespace or host, or
+            // one that we may not look into.
+            let holder = self
+                .holder()
+                .map_or_else(|| " that cannot be seen".to_owned(), |holder| name(Some(&holder)));
             tracing::warn!("{path}: locked by another process{holder}; waiting up to {seconds} s");
         }
         thread::sleep(PAUSE.min(left));
@@ -83,7 +84,7 @@ impl<'a> Patience<'a> {
     /// Whose lock or lease it is.
     fn holder(&self) -> Option<Holder> {
         let (dev, ino) = self.file;
-        let lock = holders::find(dev, ino, |lock| locks::forbids(lock, self.read_only));
+        let lock = holders::find(dev, ino, |lock| locks::forbids(lock, self.claim));
         lock.or_else(|| holders::find(dev, ino, |lock| lock.class == Class::Lease))
     }
 
@@ -99,7 +100,7 @@ pub(super) fn acquire(path: &Path, read_only: bool, wait: Duration) -> Result<Ac
         _ => io_error(path, "stat")(errno),
     })?;
     let is_block_device = check_type(path, found.st_mode)?;
-    let mut patience = Patience::new(path, &found, read_only, wait);
+    let mut patience = Patience::new(path, &found, Claim::on(&found, read_only), wait);
     let (fd, direct_io) = open_patiently(path, &found, read_only, &mut patience)?;
     // What is open is looked at again: the path may have changed hands in between.
     let stat = fstat(&fd).map_err(io_error(path, "fstat"))?;
@@ -111,7 +112,7 @@ pub(super) fn acquire(path: &Path, read_only: bool, wait: Duration) -> Result<Ac
     // O_NONBLOCK was for opening only: io_uring would return EAGAIN for it.
     set_io_flags(&fd, access).map_err(io_error(path, "F_SETFL"))?;
     patience.file = (stat.st_dev, stat.st_ino);
-    lock_patiently(path, &fd, read_only, &mut patience)?;
+    lock_patiently(path, &fd, &mut patience)?;
     Ok(Acquired { fd, stat, direct_io, is_block_device })
 }
 
@@ -142,7 +143,7 @@ fn open_patiently(
     let exclusive = if is_block_device { OFlags::EXCL } else { OFlags::empty() };
     let flags = access | exclusive | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
     loop {
-        let locked = locks::seen_locked(found.st_dev, found.st_ino, read_only);
+        let locked = locks::seen_locked(found.st_dev, found.st_ino, patience.claim);
         let opened = if locked {
             Err(Errno::WOULDBLOCK)
         } else {
@@ -181,14 +182,9 @@ fn is_mounted(number: u64) -> bool {
 }
 
 /// Keeps the description between tries: each open would break the other's lease anew.
-fn lock_patiently(
-    path: &Path,
-    fd: &OwnedFd,
-    read_only: bool,
-    patience: &mut Patience<'_>,
-) -> Result<(), OpenError> {
+fn lock_patiently(path: &Path, fd: &OwnedFd, patience: &mut Patience<'_>) -> Result<(), OpenError> {
     loop {
-        match locks::try_take(fd.as_fd(), read_only) {
+        match locks::try_take(fd.as_fd(), patience.claim) {
             Ok(true) => return Ok(()),
             Ok(false) => {
                 if !patience.pause(Obstacle::Lock) {

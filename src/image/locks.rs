@@ -10,13 +10,25 @@
 //! * cloud-hypervisor locks all bytes, or those of the file's length: exclusively to write, shared
 //!   to read. Bytes that mean nothing to QEMU, locked in the same way, keep it out, and keep
 //!   instances of extentd apart.
-//! * crosvm, and tools that use flock(1), take a flock(2): exclusively to write, shared to read.
+//! * crosvm, and tools that use flock(1), take a flock(2): exclusively to write, shared to read. We
+//!   do the same, with two exceptions:
+//!   - On a block device ours is shared, also to write. An exclusive one keeps udev from looking at
+//!     the device (systemd.io/BLOCK_DEVICE_LOCKING): its events would wait, and who settles for them
+//!     with it, as long as the device is served. The shared one is compatible with udev's own and
+//!     keeps crosvm and partitioning tools out, whose is exclusive; other instances are kept out by
+//!     O_EXCL and the byte locks.
+//!   - On NFS and SMB there is none. Their clients make a byte lock of the whole file of it
+//!     (`nfs_flock`, `cifs_flock`). On NFS that has the owner of our byte locks, which is the
+//!     description, and makes all of them exclusive on the server, so that QEMU finds no words for
+//!     it; and other hosts' flocks meet our byte locks there without. An SMB server without POSIX
+//!     extensions lets locks of one owner conflict too (`cifs_find_fid_lock_conflict`): we would be
+//!     locked out by ourselves.
 
 use std::fs;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FileType, FlockOperation, Stat, flock};
 use rustix::io::Errno;
 
 use super::holders::{Class, Listed};
@@ -44,7 +56,6 @@ const NO_RESIZES: Bytes = byte(203);
 struct Rules {
     takes: &'static [(Kind, Bytes)],
     alone: &'static [Bytes],
-    flock: FlockOperation,
     /// Also in `alone`, one that is shared and begins below QEMU's bytes is welcome: a
     /// cloud-hypervisor that reads.
     readers_welcome: bool,
@@ -61,7 +72,6 @@ const WRITER: Rules = Rules {
         (Kind::Exclusive, BEYOND),
     ],
     alone: &[WRITES, RESIZES, NO_READS, NO_WRITES, NO_RESIZES],
-    flock: FlockOperation::NonBlockingLockExclusive,
     readers_welcome: false,
 };
 
@@ -73,31 +83,49 @@ const READER: Rules = Rules {
         (Kind::Shared, NO_RESIZES),
     ],
     alone: &[WRITES, RESIZES, NO_READS],
-    flock: FlockOperation::NonBlockingLockShared,
     readers_welcome: true,
 };
 
-const fn rules(read_only: bool) -> &'static Rules {
-    if read_only { &READER } else { &WRITER }
+/// f_type of filesystems whose clients make byte locks of a flock: NFS, and SMB in three versions.
+const NO_FLOCK: [u64; 4] = [0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42];
+
+/// What is to be locked, and for what.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Claim {
+    pub(super) read_only: bool,
+    pub(super) block_device: bool,
 }
 
-impl Rules {
+impl Claim {
+    pub(super) fn on(stat: &Stat, read_only: bool) -> Self {
+        let block_device = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+        Self { read_only, block_device }
+    }
+
+    const fn rules(self) -> &'static Rules {
+        if self.read_only { &READER } else { &WRITER }
+    }
+
+    const fn shares_flock(self) -> bool {
+        self.read_only || self.block_device
+    }
+
     /// Whether a lock of somebody else's, in the lists of `/proc`, keeps us out.
-    fn forbid(&self, lock: &Listed) -> bool {
-        let exclusive = lock.exclusive;
+    fn forbids(self, lock: &Listed) -> bool {
+        let (rules, exclusive) = (self.rules(), lock.exclusive);
         match lock.class {
-            Class::Flock => exclusive || self.flock == FlockOperation::NonBlockingLockExclusive,
+            Class::Flock => exclusive || !self.shares_flock(),
             Class::Bytes { start, end } => {
                 let meets = |bytes: &Bytes| {
                     let last = bytes.len.checked_sub(1).map(|more| bytes.start + more);
                     start <= last.map_or(u64::MAX, u64::from) && end >= u64::from(bytes.start)
                 };
-                let welcome = self.readers_welcome && !exclusive && start < u64::from(READS.start);
-                let taken = self
+                let welcome = rules.readers_welcome && !exclusive && start < u64::from(READS.start);
+                let taken = rules
                     .takes
                     .iter()
                     .any(|(kind, bytes)| (exclusive || *kind == Kind::Exclusive) && meets(bytes));
-                taken || (!welcome && self.alone.iter().any(meets))
+                taken || (!welcome && rules.alone.iter().any(meets))
             }
             // Not a lock: opening the file ends it.
             Class::Lease => false,
@@ -110,15 +138,22 @@ impl Rules {
 ///
 /// # Errors
 /// fcntl's or flock's; see [`unsupported`].
-pub(super) fn try_take(fd: BorrowedFd<'_>, read_only: bool) -> io::Result<bool> {
-    let rules = rules(read_only);
-    let bytes = match take_bytes(fd, rules) {
+pub(super) fn try_take(fd: BorrowedFd<'_>, claim: Claim) -> io::Result<bool> {
+    let bytes = match take_bytes(fd, claim.rules()) {
         Ok(false) => return Ok(false),
         Ok(true) => Ok(()),
         Err(error) if unsupported(&error) => Err(error),
         Err(error) => return Err(error),
     };
-    match flock(fd, rules.flock) {
+    if emulates_flock(fd) {
+        return bytes.map(|()| true);
+    }
+    let operation = if claim.shares_flock() {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    match flock(fd, operation) {
         Ok(()) => Ok(true),
         Err(Errno::WOULDBLOCK) => {
             if bytes.is_ok() {
@@ -130,6 +165,13 @@ pub(super) fn try_take(fd: BorrowedFd<'_>, read_only: bool) -> io::Result<bool> 
         Err(errno) if unsupported(&errno.into()) => bytes.map(|()| true),
         Err(errno) => Err(errno.into()),
     }
+}
+
+fn emulates_flock(fd: BorrowedFd<'_>) -> bool {
+    // f_type is a signed word whose type differs between architectures; the magic has 32 bits.
+    #[allow(clippy::cast_sign_loss)]
+    let magic = rustix::fs::fstatfs(fd).map_or(0, |stat| stat.f_type as u64 & 0xffff_ffff);
+    NO_FLOCK.contains(&magic)
 }
 
 fn take_bytes(fd: BorrowedFd<'_>, rules: &Rules) -> io::Result<bool> {
@@ -153,15 +195,15 @@ fn take_bytes(fd: BorrowedFd<'_>, rules: &Rules) -> io::Result<bool> {
 }
 
 /// Whether such a lock, in the lists of `/proc`, keeps [`try_take`] from succeeding.
-pub(super) fn forbids(lock: &Listed, read_only: bool) -> bool {
-    rules(read_only).forbid(lock)
+pub(super) fn forbids(lock: &Listed, claim: Claim) -> bool {
+    claim.forbids(lock)
 }
 
 /// Whether the list of all locks shows that [`try_take`] cannot succeed. Looked at before the image
 /// is opened: an open would break the lease of the very process that serves it.
-pub(super) fn seen_locked(dev: u64, ino: u64, read_only: bool) -> bool {
+pub(super) fn seen_locked(dev: u64, ino: u64, claim: Claim) -> bool {
     let text = fs::read_to_string("/proc/locks").unwrap_or_default();
-    super::holders::listed(&text, dev, ino).any(|lock| forbids(&lock, read_only))
+    super::holders::listed(&text, dev, ino).any(|lock| forbids(&lock, claim))
 }
 
 /// Whether an error of [`try_take`] means that this filesystem has no locks.

@@ -46,6 +46,11 @@ fn the_list_of_locks_forbids_what_the_locks_do() {
     for (line, writer, reader) in table {
         let text = format!("1: {line}\n");
         let lock = listed(&text, dev, 77).next().unwrap();
-        assert_eq!((forbids(&lock, false), forbids(&lock, true)), (writer, reader), "{line}");
+        let forbidden = |read_only, block_device| forbids(&lock, Claim { read_only, block_device });
+        assert_eq!((forbidden(false, false), forbidden(true, false)), (writer, reader), "{line}");
+        // On a block device, readers' flocks are no obstacle: udev takes one to look at it.
+        let shared_flock = lock.class == Class::Flock && !lock.exclusive;
+        assert_eq!(forbidden(false, true), writer && !shared_flock, "{line}");
+        assert_eq!(forbidden(true, true), reader, "{line}");
     }
 }

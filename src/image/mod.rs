@@ -56,6 +56,7 @@ pub use self::watch::{Change, Watch, WatchId, Watches};
 pub use crate::sys::signals::{LeaseSignal, LeaseSignals, block_lease_signals};
 
 use self::device::Device;
+use self::locks::Claim;
 use crate::engine::Geometry;
 use crate::engine::keeper::Start;
 use crate::engine::request::Limits;
@@ -166,7 +167,8 @@ pub struct Image {
     lease: lease::Kind,
     /// Files can share blocks here.
     shares_blocks: bool,
-    /// The last process that was seen to have it open in a way that leases do not count; 0: none.
+    /// The last process that was seen to have it open in a way that leases do not count; 0: none;
+    /// `u32::MAX`: it could not be told.
     uncounted: AtomicU32,
     not_eligible: Option<NotEligible>,
     lease_break_time: Duration,
@@ -199,7 +201,9 @@ impl Image {
     /// would break the lease of whoever serves it.
     #[must_use]
     pub fn is_locked(path: &Path, read_only: bool) -> bool {
-        stat(path).is_ok_and(|stat| locks::seen_locked(stat.st_dev, stat.st_ino, read_only))
+        stat(path).is_ok_and(|stat| {
+            locks::seen_locked(stat.st_dev, stat.st_ino, Claim::on(&stat, read_only))
+        })
     }
 
     /// The one description of the image: carries lease and locks (R1, R1a).

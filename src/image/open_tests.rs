@@ -230,6 +230,29 @@ device_test!(flock_is_respected_and_taken, {
     assert!(!taken("-x"));
 });
 
+// A block device is served under a shared flock(2): udev, which takes a shared one to look at a device, is not kept away from
+// it, and who partitions it, under an exclusive one, is.
+device_test!(a_block_devices_flock_is_shared, {
+    let dir = scratch();
+    let device = sh(&format!("losetup -f --show {}", file(&dir, 1 << 20).display()));
+    let done = std::panic::catch_unwind(|| {
+        let taken = |option| {
+            let mut flock = Command::new("flock");
+            !flock.args(["-n", option, &device, "true"]).status().unwrap().success()
+        };
+        let udev = File::open(&device).unwrap();
+        rustix::fs::flock(&udev, rustix::fs::FlockOperation::LockShared).unwrap();
+        let image = open(Path::new(&device));
+        assert!(!taken("-s") && taken("-x"));
+        drop(image);
+        rustix::fs::flock(&udev, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        let refused = try_open(&options(Path::new(&device))).unwrap_err();
+        assert!(matches!(refused, OpenError::Locked { .. }), "{refused}");
+    });
+    sh(&format!("losetup -d {device}"));
+    done.unwrap();
+});
+
 // A lock that is in the way of one part takes none of the others with it.
 device_test!(what_is_refused_leaves_no_lock_behind, {
     let dir = scratch();
