@@ -60,9 +60,9 @@ pub struct RawLimits {
 }
 
 impl RawLimits {
-    /// The limits of one of `workers` workers, up to 64. Together they have 32 MiB in flight in each lane,
-    /// which keeps any disk busy, and which one that completes 2 MiB/s drains within the default
-    /// lease-break-time.
+    /// The limits of one of `workers` workers, up to 64. Together they have at most 32 MiB in flight in
+    /// each lane, which keeps any disk busy, and which one that completes 2 MiB/s drains within the
+    /// default lease-break-time. Devices that share a disk add up.
     #[must_use]
     pub fn of_one_in(workers: u16) -> Self {
         let workers = u64::from(workers.clamp(1, 64)).next_power_of_two();
