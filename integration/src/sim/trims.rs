@@ -61,6 +61,8 @@ impl World {
             return;
         }
         match (self.strain.trim, kind) {
+            // A flush that fails at once because an earlier one has holds nothing up again and again.
+            (Trim::Holding(_), Kind::Flush) if !ok => self.strain.trim = Trim::Flushed,
             (_, Kind::Flush | Kind::Discard(_) | Kind::WriteZeroes { .. }) if !ok => {
                 self.strain.trim = Trim::Idle;
             }
