@@ -79,8 +79,7 @@ fn replace(address: usize) -> bool {
     // First of all: another thread may read the zeros as soon as they are there, and must find this set then.
     let first = !table.lost.swap(true, Ordering::SeqCst);
     let whole = table.replaced.fetch_add(1, Ordering::Relaxed) >= SINGLE_PAGES;
-    // The kernel may refuse the one for what all of the process has mapped (overcommit_memory=2, RLIMIT_DATA), and the
-    // other for how many mappings that is.
+    // The kernel may refuse the one for its size (overcommit_memory=2), and the other for how many mappings there are.
     if !put_zeros(area.hole(address, whole)) && !put_zeros(area.hole(address, !whole)) {
         return false;
     }
@@ -95,7 +94,9 @@ fn replace(address: usize) -> bool {
 
 fn put_zeros((start, len): (usize, usize)) -> bool {
     let access = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // Shared, though with nobody: a private mapping counts as data of this process, all of it at once, and under RLIMIT_DATA
+    // nothing else could be allocated any more.
+    let flags = libc::MAP_FIXED | libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let at = ptr::with_exposed_provenance_mut(start);
     // SAFETY: the pages are part of a mapping of guest memory that is registered, and so held by its session; this thread
     // is touching it. Whatever else uses it expects its bytes to change at any time, and unmapping it later takes these
