@@ -170,9 +170,9 @@ impl SessionMode {
             }
             if state.source == Source::Offer {
                 driver.told = Told::Writeback(device.default);
-                if first {
-                    driver.ended = NEVER;
-                }
+            }
+            if first && state.source != Source::Before {
+                driver.ended = NEVER;
             }
         })
     }

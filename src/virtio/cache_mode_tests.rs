@@ -137,10 +137,23 @@ fn a_ring_that_goes_on_elsewhere_is_another_drivers() {
 /// Where another driver's rings ended says nothing.
 #[test]
 fn rings_of_a_driver_before_are_forgotten() {
+    for sets in [false, true] {
+        rings_are_forgotten(sets);
+    }
+}
+
+/// The next driver may set its mode before its first request.
+fn rings_are_forgotten(sets: bool) {
     let device = CacheMode::new(true);
     new_frontend(&device, BOTH).set(&device, false);
     device.ended(1, 5);
-    new_frontend(&device, BOTH);
+    let next = session(&device, BOTH);
+    next.ask(&device, 0, 60);
+    if sets {
+        next.set(&device, true);
+    }
+    next.start(&device, 0, 0);
+    device.ended(0, 7);
     let restored = session(&device, BOTH);
     assert!(restored.start(&device, 1, 5).guessed);
     assert!(restored.write_through());
