@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Descriptors of a frontend that lead to a filesystem of its own, whose server has stopped answering: nothing of ours waits
-//! for it (R18a).
+//! Descriptors of a frontend, before they are received: those that lead to a filesystem of its own, whose server has stopped
+//! answering, hold nothing of ours up, and those of a well-behaved frontend are let in (R18a).
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use integration::rig::frontend::{self, Frontend};
 use integration::rig::hung_file::HungFile;
 use integration::rig::wait::{PATIENCE, until};
-use integration::rig::{Bed, Rig, Setup};
+use integration::rig::{Bed, Daemon, Rig, Setup};
 use rustix::process::Signal;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -100,23 +102,99 @@ fn the_image_is_free_when_the_daemon_has_ended_beside_a_hung_file() {
     bed.daemon.wait(PATIENCE).unwrap();
 }
 
-/// Whatever a well-behaved frontend sends is let in.
-#[test]
-fn memory_on_a_local_filesystem_is_let_in() {
-    let Some(rig) = Rig::enter() else { return };
-    let bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
-    let dir = bed.image.parent().unwrap().join("ram");
-    let file = std::fs::File::options().read(true).write(true).create_new(true).open(dir).unwrap();
+/// Brings a frontend up whose memory is a new file beside the image, and reads a block. Gives its bytes.
+fn read_into_a_file(socket: &Path, ram: &Path) -> Vec<u8> {
+    let file = std::fs::File::options().read(true).write(true).create_new(true).open(ram).unwrap();
     file.set_len(integration::rig::ring::RING_MEMORY).unwrap();
-    let mut front = Frontend::over(bed.daemon.socket(), file, 1, 64).unwrap();
+    let mut front = Frontend::over(socket, file, 1, 64).unwrap();
     front.bring_up(FEATURES).unwrap();
     let ring = front.ring_mut(0).unwrap();
     ring.prepare(0, frontend::kind::IN, 0, 4096, true).unwrap();
     ring.publish(0).unwrap();
     ring.kick().unwrap();
     ring.wait_used(PATIENCE).unwrap();
-    let bytes = ring.read_bytes(ring.data(0), 4096).unwrap();
-    bed.model.check(0, &bytes).unwrap();
+    ring.read_bytes(ring.data(0), 4096).unwrap()
+}
+
+/// Whatever a well-behaved frontend sends is let in.
+#[test]
+fn memory_on_a_local_filesystem_is_let_in() {
+    let Some(rig) = Rig::enter() else { return };
+    let bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
+    let ram = bed.image.parent().unwrap().join("ram");
+    bed.model.check(0, &read_into_a_file(bed.daemon.socket(), &ram)).unwrap();
+    bed.finish().unwrap();
+}
+
+/// libvirt gives each QEMU a mount namespace of its own, in which every mount has another number.
+#[test]
+fn memory_of_another_mount_namespace_is_let_in() {
+    let Some(rig) = Rig::enter() else { return };
+    let bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
+    let ram = bed.image.parent().unwrap().join("ram");
+    let copy = rig.dir("copy").unwrap().join("bytes");
+    let name = "a_frontend_that_another_test_has_started";
+    let frontend = Command::new("unshare")
+        .args(["--mount", "--"])
+        .arg(std::env::current_exe().unwrap())
+        .args([name, "--exact", "--ignored", "--nocapture"])
+        .env(PATHS[0], bed.daemon.socket())
+        .env(PATHS[1], &ram)
+        .env(PATHS[2], &copy)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&frontend.stderr);
+    assert!(frontend.status.success(), "{said}{}", bed.daemon.log());
+    bed.model.check(0, &std::fs::read(copy).unwrap()).unwrap();
+    bed.finish().unwrap();
+}
+
+/// The socket, the memory, and where to put what was read.
+const PATHS: [&str; 3] = ["EXTENTD_TEST_SOCKET", "EXTENTD_TEST_RAM", "EXTENTD_TEST_COPY"];
+
+#[test]
+#[ignore = "run by memory_of_another_mount_namespace_is_let_in, in a process of its own"]
+fn a_frontend_that_another_test_has_started() {
+    let [Some(socket), Some(ram), Some(copy)] = PATHS.map(std::env::var_os) else { return };
+    let bytes = read_into_a_file(Path::new(&socket), Path::new(&ram));
+    std::fs::write(copy, bytes).unwrap();
+}
+
+/// The threads that look have no copy of the image's descriptors, which they would have to close.
+#[test]
+fn looking_at_descriptors_does_not_flush_the_image() {
+    let Some(rig) = Rig::enter() else { return };
+    let image = HungFile::mount(16 << 20, &rig.dir("image").unwrap()).unwrap();
+    let dir = rig.dir("run").unwrap();
+    let options = ["--read-only", "--mode=filesystem"];
+    let mut daemon = Daemon::start(Path::new(PROGRAM), &dir, &image.path(), &options).unwrap();
+    let front = Frontend::start(daemon.socket(), 1, 64, FEATURES).unwrap();
+    let before = image.flushes();
+    for _ in 0..100 {
+        front.set_call(0).unwrap();
+    }
+    assert_eq!(image.flushes() - before, 0, "{before} before");
     drop(front);
+    assert!(daemon.sigterm().unwrap().success(), "{}", daemon.log());
+}
+
+/// Nothing but `/proc` tells an eventfd from a FUSE file.
+#[test]
+fn without_proc_the_line_says_that_it_is_missing() {
+    let Some(rig) = Rig::enter() else { return };
+    let program = rig.dir("program").unwrap().join("without-proc");
+    let script = format!("#!/bin/sh\nexec unshare --mount -- {PROGRAM} \"$@\"\n");
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let bed = Bed::make(&rig, program.to_str().unwrap(), &Setup::default(), &[]).unwrap();
+    // It is there at the start, or nothing is served.
+    let namespace = format!("--mount=/proc/{}/ns/mnt", bed.daemon.pid());
+    let cover = ["mount", "-t", "tmpfs", "none", "/proc"];
+    let covered = Command::new("nsenter").arg(namespace).args(cover).status().unwrap();
+    assert!(covered.success());
+    let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+    let _stream = send(bed.daemon.socket(), 13, &event, false);
+    let told = || bed.daemon.log().contains("/proc is not mounted").then_some(());
+    until("the line", PATIENCE, told).unwrap_or_else(|_| panic!("{}", bed.daemon.log()));
     bed.finish().unwrap();
 }

@@ -14,7 +14,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Resource, getrlimit, setrlimit};
 use tracing::{Span, error, info};
 
 use super::log::{device_span, report_suppressed};
@@ -26,6 +25,7 @@ use crate::config::{Config, Endpoint, Settings};
 use crate::engine::Rules;
 use crate::image::{FileKey, LeaseSignal, LeaseSignals, WatchId, Watches};
 use crate::inbox::{Event, Inbox, Poster, inbox};
+use crate::sys::{inspector, process::raise_descriptors};
 
 /// How long devices that are ready wait for those that are not. Until then a failure of one is the failure
 /// of all; afterwards those that are ready serve, and the others fail or follow by themselves.
@@ -141,6 +141,8 @@ impl Process {
         let inherited = settings.devices.iter().map(inherited).collect::<Result<Vec<_>, _>>()?;
         let several = inherited.len() > 1;
         raise_descriptors();
+        // Before an image is open, which it must not share.
+        inspector::start().map_err(failed("start a thread"))?;
         let watches = Arc::new(Watches::new().map_err(failed("watch the image"))?);
         let (news, poster) = inbox().map_err(failed("make an event descriptor"))?;
         let poll = Poll::new().map_err(failed("make an epoll set"))?;
@@ -388,13 +390,4 @@ fn inherited(config: &Config) -> Result<Option<Inherited>, ServeError> {
         Endpoint::Fd(fd) => Ok(Some(socket::inherit(*fd)?)),
         Endpoint::Path(_) => Ok(None),
     }
-}
-
-/// Takes as many descriptors as the administrator allows: several devices may need more than the 1024 that
-/// are the custom, for the sake of programs that cannot name more, and those do not run in here.
-fn raise_descriptors() {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    // Left as it is, it may do; if not, what finds no descriptor says so.
-    let _ = setrlimit(Resource::Nofile, limit);
 }

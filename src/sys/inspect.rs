@@ -8,12 +8,14 @@
 //! without a flush.
 //!
 //! Looking makes duplicates, which have to be closed as well. That happens on a thread with a descriptor table of its
-//! own, in which there is nothing else: if it never gets rid of them, it holds nothing of this process's, the
-//! image with its lease and lock least of all.
+//! own, in which there is nothing else and never was (`inspector`): if it never gets rid of them, it holds nothing of
+//! this process's, the image with its lease and lock least of all.
 
-use std::io::{self, IoSliceMut};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -21,6 +23,10 @@ use std::time::Duration;
 
 use rustix::fs::{FileType, fcntl_get_seals, fstat};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use rustix::process::Pid;
+
+use super::inspector;
+use super::process::peer_pid;
 
 /// Descriptors of one device's frontends that may be waiting to be closed.
 const MOST: usize = 8;
@@ -28,8 +34,6 @@ const MOST: usize = 8;
 const MOST_WITH_A_MESSAGE: usize = 32;
 /// How often a caller looks whether it still makes sense to wait.
 const STEP: Duration = Duration::from_millis(100);
-/// The stack of a thread that looks.
-const STACK: usize = 128 << 10;
 
 /// Filesystems whose files no other process can hold up.
 const LOCAL: [&str; 8] = ["ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "ramfs"];
@@ -59,6 +63,11 @@ pub enum InspectError {
     /// The caller has stopped waiting.
     #[error("the session ended meanwhile")]
     Ended,
+    /// Nothing tells an eventfd from a FUSE file then.
+    #[error(
+        "cannot tell what its file descriptors are, because /proc is not mounted: mount it where this process runs"
+    )]
+    NoProc,
     /// Ours.
     #[error("cannot look at a message's file descriptors: {0}")]
     Io(#[from] io::Error),
@@ -95,56 +104,41 @@ impl Inspections {
             return Err(InspectError::Busy);
         }
         let (reply, answer) = mpsc::channel();
-        let socket = socket.as_raw_fd();
-        let look = move || {
+        let work = move |socket: io::Result<OwnedFd>| {
             // Ended last: by then the descriptors are closed.
             let _running = running;
             look(socket, bytes, &reply);
         };
-        std::thread::Builder::new().name("inspect".to_owned()).stack_size(STACK).spawn(look)?;
+        inspector::spawn(socket, Box::new(work))?;
         loop {
             match answer.recv_timeout(STEP) {
                 Ok(answer) => return answer,
                 Err(RecvTimeoutError::Timeout) if alive() => {}
-                Err(_) => return Err(InspectError::Ended),
+                Err(RecvTimeoutError::Timeout) => return Err(InspectError::Ended),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(io::Error::other("no thread can be made for it").into());
+                }
             }
         }
     }
 }
 
 /// What a thread does that looks at descriptors. It must not log: what is open here is not what it seems.
-fn look(socket: RawFd, bytes: usize, reply: &Sender<Result<Vec<Kind>, InspectError>>) {
-    let peeked = own_table(socket).and_then(|socket| peek(&socket, bytes));
+fn look(
+    socket: io::Result<OwnedFd>,
+    bytes: usize,
+    reply: &Sender<Result<Vec<Kind>, InspectError>>,
+) {
+    let peeked = socket.and_then(|socket| Ok((peer_pid(socket.as_fd()), peek(&socket, bytes)?)));
     // The caller may have stopped waiting.
     let (answer, fds) = match peeked {
-        Ok((fds, true)) => (Ok(fds.iter().map(kind).collect()), fds),
-        Ok((fds, false)) => (Err(InspectError::TooMany), fds),
+        Ok((peer, (fds, true))) => (fds.iter().map(|fd| kind(fd, peer)).collect(), fds),
+        Ok((_, (fds, false))) => (Err(InspectError::TooMany), fds),
         Err(error) => (Err(error.into()), Vec::new()),
     };
     let _ = reply.send(answer);
     // Here it may hang.
     drop(fds);
-}
-
-/// Gives this thread a descriptor table of its own, with nothing in it but `socket` and the standard ones.
-fn own_table(socket: RawFd) -> io::Result<OwnedFd> {
-    /// The first after the standard ones.
-    const FIRST: RawFd = 3;
-    // First those below, the image among them: newer kernels do not even copy what is in the range.
-    if socket > FIRST {
-        close_range(FIRST, socket - 1, libc::CLOSE_RANGE_UNSHARE)?;
-    }
-    close_range(socket.saturating_add(1), RawFd::MAX, libc::CLOSE_RANGE_UNSHARE)?;
-    // In this table it belongs to nobody yet. If the caller has stopped waiting and closed it, this may be another descriptor
-    // of its table by now: it is peeked at in vain, or is no socket.
-    super::process::adopt(socket)
-}
-
-fn close_range(first: RawFd, last: RawFd, flags: libc::c_uint) -> io::Result<()> {
-    // SAFETY: it takes numbers only. The flag gives this thread a table of its own, so that what other threads own stays
-    // open; this thread owns no descriptor yet.
-    let done = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Duplicates of the descriptors in the next `bytes` bytes of `socket`, and whether these are all.
@@ -165,38 +159,65 @@ fn peek(socket: &OwnedFd, bytes: usize) -> io::Result<(Vec<OwnedFd>, bool)> {
     Ok((fds, whole))
 }
 
-/// What `fd` is. Nothing here calls an operation of its file before that is known to be harmless: seals are asked of
-/// the kernel's own files only, and `/proc` tells the name and the mount from what the kernel keeps itself.
-fn kind(fd: &OwnedFd) -> Kind {
-    let link = std::fs::read_link(format!("/proc/thread-self/fd/{}", fd.as_raw_fd()));
-    // No file with a path is called so: a path begins with a slash.
-    if link.as_ref().is_ok_and(|link| link.as_os_str() == "anon_inode:[eventfd]") {
-        return Kind::Event;
-    }
+/// What `fd` is, which process `peer` has sent. Nothing here calls an operation of its file before that is known to be
+/// harmless: seals are asked of the kernel's own files only, and `/proc` tells the name and the mount from what the
+/// kernel keeps itself.
+fn kind(fd: &OwnedFd, peer: Option<Pid>) -> Result<Kind, InspectError> {
     // Memfds, tmpfs and hugetlbfs have seals, everything else has not, whatever its name.
     if fcntl_get_seals(fd).is_ok() {
-        return Kind::Memory;
+        return Ok(Kind::Memory);
     }
-    match mount_type(fd) {
+    let link = std::fs::read_link(format!("/proc/thread-self/fd/{}", fd.as_raw_fd()))
+        .map_err(|_| InspectError::NoProc)?;
+    // No file with a path is called so: a path begins with a slash.
+    if link.as_os_str() == "anon_inode:[eventfd]" {
+        return Ok(Kind::Event);
+    }
+    // Before its mount is asked for: with it, /proc tells what the file's own driver has to say, and an epoll set's
+    // waits for a lock that a frontend can hold for ever.
+    if !link.as_os_str().as_bytes().starts_with(b"/") {
+        return Ok(Kind::Other(format!("called {}", link.display())));
+    }
+    Ok(match mount_type(fd, peer) {
         Some(name) if LOCAL.contains(&name.as_str()) => match fstat(fd).map(|stat| stat.st_mode) {
             Ok(mode) if FileType::from_raw_mode(mode) == FileType::RegularFile => Kind::Memory,
             _ => Kind::Other("a special file".to_owned()),
         },
         Some(name) => Kind::Other(format!("a file of type {name}")),
-        None => Kind::Other("no file in a mount of this mount namespace".to_owned()),
-    }
+        None => {
+            let nowhere = "a file on a mount that neither this process nor the frontend's shows";
+            Kind::Other(nowhere.to_owned())
+        }
+    })
 }
 
-/// The type of the filesystem that `fd` is on, if it is mounted where this process can see it.
-fn mount_type(fd: &OwnedFd) -> Option<String> {
+/// The type of the filesystem that `fd` is on, if this process or `peer` shows where it is mounted.
+///
+/// Mounts of all namespaces are numbered together, and a number is not given again while a file is open there. So
+/// whatever list it is found in, the kernel has written the type, and that of FUSE begins with `fuse`.
+fn mount_type(fd: &OwnedFd, peer: Option<Pid>) -> Option<String> {
     let info = std::fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", fd.as_raw_fd()));
     let info = info.ok()?;
     let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim();
-    let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").ok()?;
-    // proc(5): the number first, and behind a lone dash the type.
-    let line = mounts.lines().find(|line| line.split(' ').next() == Some(id))?;
-    let (_, rest) = line.split_once(" - ")?;
-    rest.split(' ').next().map(str::to_owned)
+    type_in("/proc/thread-self/mountinfo", id).or_else(|| {
+        // Unsharing a mount namespace gives every mount another number.
+        type_in(&format!("/proc/{}/mountinfo", peer?.as_raw_pid()), id)
+    })
+}
+
+/// The type of mount `id` in a list as proc(5) describes it.
+fn type_in(list: &str, id: &str) -> Option<String> {
+    // A line at a time: a process can have made many mounts. Paths need not be UTF-8.
+    for line in BufReader::new(File::open(list).ok()?).split(b'\n') {
+        let line = line.ok()?;
+        let line = String::from_utf8_lossy(&line);
+        // The number first, and behind a lone dash the type. Spaces within a field are escaped.
+        if line.split(' ').next() == Some(id) {
+            let (_, rest) = line.split_once(" - ")?;
+            return rest.split(' ').next().map(str::to_owned);
+        }
+    }
+    None
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsFd;
+use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
@@ -16,6 +15,7 @@ fn look_at(fds: &[&OwnedFd]) -> Result<Vec<Kind>, InspectError> {
     let raw: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
     here.send_with_fds(&[b"message".as_slice()], &raw).unwrap();
     let inspections = Arc::new(Inspections::default());
+    inspector::start().unwrap();
     let before = open_files();
     let told = inspections.inspect(there.as_fd(), 7, &|| true);
     while inspections.0.load(Ordering::SeqCst) > 0 {
@@ -72,7 +72,7 @@ fn a_file_that_calls_itself_a_memfd_is_judged_by_where_it_is() {
     std::fs::remove_file(&path).unwrap();
     let fd = OwnedFd::from(file);
     let expected = fcntl_get_seals(&fd).is_ok()
-        || mount_type(&fd).is_some_and(|name| LOCAL.contains(&name.as_str()));
+        || mount_type(&fd, None).is_some_and(|name| LOCAL.contains(&name.as_str()));
     let told = look_at(&[&fd]).unwrap();
     assert_eq!(told == [Kind::Memory], expected, "{told:?}");
 }
@@ -83,4 +83,27 @@ fn more_descriptors_than_a_message_has_are_too_many() {
     let many = [&event; MOST_WITH_A_MESSAGE + 1];
     assert!(matches!(look_at(&many), Err(InspectError::TooMany)));
     assert_eq!(look_at(&many[1..]).unwrap().len(), MOST_WITH_A_MESSAGE);
+}
+
+/// `/proc/…/fdinfo` of an epoll set waits for its lock, so it is not read.
+#[test]
+fn what_has_no_path_is_refused_by_its_name() {
+    let set = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+    let told = look_at(&[&set]).unwrap();
+    assert_eq!(told, [Kind::Other("called anon_inode:[eventpoll]".to_owned())]);
+}
+
+/// What another process shows counts where this one's list has no such mount.
+#[test]
+fn the_type_of_a_mount_is_found_in_a_list() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mountinfo");
+    let list = b"24 1 8:1 / /a\xff\\040-\\040b rw shared:1 master:2 - ext4 /dev/sda rw\n\
+                 241 24 0:30 / /c rw - fuse.x ext4 rw\n";
+    std::fs::write(&path, list).unwrap();
+    let list = path.to_str().unwrap();
+    assert_eq!(type_in(list, "24").as_deref(), Some("ext4"));
+    assert_eq!(type_in(list, "241").as_deref(), Some("fuse.x"));
+    assert_eq!(type_in(list, "2"), None);
+    assert_eq!(type_in("/nowhere", "24"), None);
 }

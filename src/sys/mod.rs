@@ -8,6 +8,7 @@ pub mod fd;
 pub mod fiemap;
 pub mod inode;
 pub mod inspect;
+pub mod inspector;
 pub mod lease;
 pub mod ofd_lock;
 pub mod page_cache;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the process is given from outside: signals, as a descriptor, inherited descriptors, and the
-//! processes it meets.
+//! What the process is given from outside: signals, as a descriptor, inherited descriptors, how many
+//! there may be, and the processes it meets.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::c_int;
-use rustix::process::Pid;
+use rustix::process::{Pid, Resource, getrlimit, setrlimit};
 use vmm_sys_util::signal::{block_signal, create_sigset};
 
 /// Signals that are blocked and read from a descriptor instead.
@@ -117,6 +117,15 @@ pub fn share_descriptors(one: u32, other: u32) -> io::Result<bool> {
     // SAFETY: a comparison of this type takes numbers only.
     let order = unsafe { libc::syscall(libc::SYS_kcmp, one, other, FILES, 0_usize, 0_usize) };
     if order < 0 { Err(io::Error::last_os_error()) } else { Ok(order == 0) }
+}
+
+/// Takes as many descriptors as the administrator allows: several devices may need more than the 1024 that
+/// are the custom, for the sake of programs that cannot name more, and those do not run in here.
+pub fn raise_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Left as it is, it may do; if not, what finds no descriptor says so.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 #[cfg(test)]

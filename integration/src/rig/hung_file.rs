@@ -35,6 +35,7 @@ pub struct HungFile {
 struct State {
     hung: AtomicBool,
     asked: AtomicU64,
+    flushes: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -71,6 +72,16 @@ impl HungFile {
     /// What it has been asked since it hangs.
     pub fn asked(&self) -> u64 {
         self.state.asked.load(Ordering::SeqCst)
+    }
+
+    /// Its name.
+    pub fn path(&self) -> PathBuf {
+        self.mountpoint.join(NAME)
+    }
+
+    /// How many descriptors of it have been closed, duplicates of one description included.
+    pub fn flushes(&self) -> u64 {
+        self.state.flushes.load(Ordering::SeqCst)
     }
 
     /// Ends every request that waits, and all later ones.
@@ -154,6 +165,7 @@ impl Filesystem for HungFs {
         _owner: LockOwner,
         reply: ReplyEmpty,
     ) {
+        self.state.flushes.fetch_add(1, Ordering::SeqCst);
         if self.answers() {
             reply.ok();
         } else {
