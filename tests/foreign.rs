@@ -178,6 +178,26 @@ fn looking_at_descriptors_does_not_flush_the_image() {
     assert!(daemon.sigterm().unwrap().success(), "{}", daemon.log());
 }
 
+/// Its descriptor is passed over by a peek and received all the same, and poll(2) calls it readable for ever.
+#[test]
+fn an_out_of_band_byte_costs_its_session_and_no_cpu_time() {
+    let Some(rig) = Rig::enter() else { return };
+    let bed = Bed::make(&rig, PROGRAM, &Setup::default(), &[]).unwrap();
+    let stream = UnixStream::connect(bed.daemon.socket()).unwrap();
+    rustix::net::send(&stream, b"x", rustix::net::SendFlags::OOB).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    let before = bed.daemon.cpu_ticks().unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    let ticks = bed.daemon.cpu_ticks().unwrap() - before;
+    assert!(ticks < 20, "{ticks} hundredths of a second of CPU time in one second");
+    let told = || bed.daemon.log().contains("MSG_OOB").then_some(());
+    until("the line", PATIENCE, told).unwrap();
+    let mut client = bed.connect(1).unwrap();
+    bed.model.check(0, &client.read_at(0, 65536).unwrap()).unwrap();
+    drop((client, stream));
+    bed.finish().unwrap();
+}
+
 /// Nothing but `/proc` tells an eventfd from a FUSE file.
 #[test]
 fn without_proc_the_line_says_that_it_is_missing() {

@@ -128,6 +128,22 @@ pub fn raise_descriptors() {
     let _ = setrlimit(Resource::Nofile, limit);
 }
 
+/// Makes peeks at a socket begin at byte `offset` of what is queued (SO_PEEK_OFF).
+#[cfg(test)]
+pub(crate) fn set_peek_offset(socket: BorrowedFd<'_>, offset: c_int) -> io::Result<()> {
+    // SAFETY: `offset` is on this stack and outlives the call, which reads as many bytes of it as it has.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw const offset).cast(),
+            libc::socklen_t::try_from(size_of_val(&offset)).unwrap_or(0),
+        )
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::fd::IntoRawFd;

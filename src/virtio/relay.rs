@@ -20,7 +20,7 @@ use vhost::vhost_user::message::FrontendReq;
 
 use super::limits::{Account, OverLimit};
 use super::notify::Notifier;
-use super::wire::{Message, WireError};
+use super::wire::{self, Message, WireError};
 use crate::sys::fault::{GuestRegions, page_size};
 use crate::sys::inspect::{InspectError, Inspections, Kind};
 
@@ -34,6 +34,9 @@ const REGION_OFFSET: usize = 24;
 
 /// The smallest page: what lies in the same one as a file's last byte can be touched.
 const PAGE: u64 = 4096;
+
+/// Wake-ups in a row for a frontend's byte that cannot be received. One may be spurious.
+const MOST_IN_VAIN: u32 = 64;
 
 /// Why a connection was ended.
 #[derive(Debug, thiserror::Error)]
@@ -159,11 +162,12 @@ impl Lane {
 impl Relay {
     /// Forwards until the frontend is gone, the session is to end, or somebody misbehaves.
     pub(crate) fn run(mut self, hooks: &dyn Hooks) -> Result<(), RelayError> {
-        self.front.set_nonblocking(true)?;
+        wire::prepare(&self.front)?;
         self.back.set_nonblocking(true)?;
         let (mut to_back, mut to_front) = (Lane::new(), Lane::new());
-        let mut last = 0;
-        while self.wait(&to_back, &to_front)? {
+        let (mut last, mut in_vain) = (0, 0);
+        while let Some(readable) = self.wait(&to_back, &to_front)? {
+            let before = to_back.message.received();
             let ended = self
                 .pump_back(&mut to_back, hooks, &mut last)
                 .and_then(|()| self.pump_front(&mut to_front, last));
@@ -174,17 +178,23 @@ impl Relay {
                 )) => return Ok(()),
                 Err(error) => return Err(error),
             }
+            let in_vain_again = readable && to_back.message.received() == before;
+            in_vain = if in_vain_again { in_vain + 1 } else { 0 };
+            if in_vain > MOST_IN_VAIN {
+                return Err(RelayError::Frontend(WireError::Unreadable));
+            }
         }
         Ok(())
     }
 
-    /// Waits until one of the lanes can go on. False if the session is to end.
-    fn wait(&self, to_back: &Lane, to_front: &Lane) -> Result<bool, RelayError> {
+    /// Waits until one of the lanes can go on, and says whether the frontend's side can be read. `None` if the
+    /// session is to end.
+    fn wait(&self, to_back: &Lane, to_front: &Lane) -> Result<Option<bool>, RelayError> {
         let (front_in, back_out) = to_back.wants();
         let (back_in, front_out) = to_front.wants();
         let mut fds = [
             PollFd::from_borrowed_fd(self.exit.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.front.as_fd(), front_in | front_out),
+            PollFd::from_borrowed_fd(self.front.as_fd(), front_in | front_out | PollFlags::PRI),
             PollFd::from_borrowed_fd(self.back.as_fd(), back_in | back_out),
             PollFd::from_borrowed_fd(self.memory.as_fd(), PollFlags::IN),
         ];
@@ -199,7 +209,11 @@ impl Relay {
         // Who hung up while its message cannot be forwarded would wake us for ever.
         let hung_up = |side: &PollFd<'_>| side.revents().contains(PollFlags::HUP);
         let stuck = (hung_up(front) && to_back.sending) || (hung_up(back) && to_front.sending);
-        Ok(exit.revents().is_empty() && !stuck)
+        if front.revents().contains(PollFlags::PRI) {
+            return Err(RelayError::Frontend(WireError::Urgent));
+        }
+        let goes_on = exit.revents().is_empty() && !stuck;
+        Ok(goes_on.then(|| front.revents().contains(PollFlags::IN)))
     }
 
     fn pump_back(
@@ -304,8 +318,7 @@ impl Relay {
 
 /// A payload of two `u32`s.
 fn pair(message: &Message) -> Option<(u32, u32)> {
-    (message.payload_len() == 8)
-        .then(|| (message.u32(super::wire::HEADER), message.u32(super::wire::HEADER + 4)))
+    (message.payload_len() == 8).then(|| (message.u32(wire::HEADER), message.u32(wire::HEADER + 4)))
 }
 
 /// The queue a message gives an fd, and whether it gives one. A message that says one thing and

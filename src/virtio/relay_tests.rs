@@ -67,7 +67,10 @@ struct Rig {
 }
 
 fn rig(hooks: Recorder) -> Rig {
-    let (front, relay_front) = UnixStream::pair().unwrap();
+    rig_over(UnixStream::pair().unwrap(), hooks)
+}
+
+fn rig_over((front, relay_front): (UnixStream, UnixStream), hooks: Recorder) -> Rig {
     let (back, relay_back) = UnixStream::pair().unwrap();
     for end in [&front, &back] {
         end.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -247,6 +250,35 @@ fn a_descriptor_that_may_hold_somebody_up_ends_the_session_and_never_arrives() {
     let (end, hooks) = (rig.relay.join().unwrap().unwrap_err(), rig.hooks);
     assert!(matches!(end, RelayError::Frontend(WireError::Foreign(_))), "{end}");
     assert!(hooks.told.lock().unwrap().is_empty());
+}
+
+/// Waits for an end that comes by itself.
+fn ends(rig: Rig) -> RelayError {
+    let start = std::time::Instant::now();
+    while !rig.relay.is_finished() {
+        assert!(start.elapsed() < Duration::from_secs(20), "the session goes on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    rig.end()
+}
+
+#[test]
+fn an_out_of_band_byte_ends_the_session() {
+    let rig = rig(Recorder::default());
+    rustix::net::send(&rig.front, b"x", rustix::net::SendFlags::OOB).unwrap();
+    let end = ends(rig);
+    assert!(matches!(end, RelayError::Frontend(WireError::Urgent)), "{end}");
+}
+
+/// With an offset for peeks there is always something to read and never anything to be peeked at.
+#[test]
+fn a_socket_that_is_readable_for_nothing_ends_the_session() {
+    let (front, relay_front) = UnixStream::pair().unwrap();
+    crate::sys::process::set_peek_offset(relay_front.as_fd(), 1000).unwrap();
+    let mut rig = rig_over((front, relay_front), Recorder::default());
+    rig.front.write_all(b"x").unwrap();
+    let end = ends(rig);
+    assert!(matches!(end, RelayError::Frontend(WireError::Unreadable)), "{end}");
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_oobinline;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -45,9 +46,15 @@ pub(crate) enum WireError {
     TooManyFds,
     /// A descriptor that may hold up whatever touches it.
     #[error(
-        "it sent a file descriptor that is {0}: guest memory must be a memfd, or a regular file on tmpfs, hugetlbfs, ext4, XFS, btrfs or another local filesystem mounted here; notifications must be eventfds"
+        "it sent a file descriptor that is {0}: guest memory must be a memfd (QEMU: -object memory-backend-memfd,share=on), or a regular file on tmpfs, hugetlbfs, ext4, XFS, btrfs or another local filesystem that this process or the frontend's has mounted; notifications must be eventfds"
     )]
     Foreign(String),
+    /// Bytes that no message has.
+    #[error("it sent out-of-band data (MSG_OOB), which no vhost-user message has")]
+    Urgent,
+    /// A wake-up after the other, and never a byte.
+    #[error("its socket is readable again and again, and nothing can be received")]
+    Unreadable,
     /// Descriptors that could not be looked at.
     #[error("{0}")]
     Inspect(#[from] InspectError),
@@ -56,12 +63,23 @@ pub(crate) enum WireError {
     Socket(#[from] io::Error),
 }
 
+/// Makes a socket ready that leads to a peer that is not trusted; to be called before anything is received from it.
+///
+/// Peeking passes over an out-of-band byte, which may carry descriptors, and receiving gives it out as soon as a newer one has
+/// come, with descriptors that were not looked at. In line it is a byte like any other.
+pub(crate) fn prepare(socket: &UnixStream) -> io::Result<()> {
+    socket.set_nonblocking(true)?;
+    Ok(set_socket_oobinline(socket, true)?)
+}
+
 /// A message on its way in or out.
 #[derive(Debug)]
 pub(crate) struct Message {
     bytes: [u8; HEADER + MAX_MSG_SIZE],
     /// Bytes received, and then bytes sent.
     at: usize,
+    /// Bytes received, of earlier messages too.
+    received: u64,
     /// The fds that came with it and have not been sent on.
     pub(crate) fds: Vec<OwnedFd>,
 }
@@ -69,7 +87,12 @@ pub(crate) struct Message {
 impl Message {
     /// Nothing received yet.
     pub(crate) fn new() -> Self {
-        Self { bytes: [0; HEADER + MAX_MSG_SIZE], at: 0, fds: Vec::new() }
+        Self { bytes: [0; HEADER + MAX_MSG_SIZE], at: 0, received: 0, fds: Vec::new() }
+    }
+
+    /// How many bytes have been received, those of earlier messages included.
+    pub(crate) fn received(&self) -> u64 {
+        self.received
     }
 
     /// The request's number.
@@ -133,7 +156,10 @@ impl Message {
                 Received::Nothing => return Ok(false),
                 Received::End if at == 0 => return Err(WireError::Closed),
                 Received::End => return Err(WireError::Partial { have: at, need }),
-                Received::Bytes(count) => self.at += count,
+                Received::Bytes(count) => {
+                    self.at += count;
+                    self.received += count as u64;
+                }
             }
             if self.at >= HEADER && self.payload_len() > MAX_MSG_SIZE {
                 return Err(WireError::TooBig { request: self.request(), bytes: self.u32(8) });
@@ -257,3 +283,7 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> Result<Option<usi
         }
     }
 }
+
+#[cfg(test)]
+#[path = "wire_tests.rs"]
+mod tests;
