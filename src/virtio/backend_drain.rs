@@ -17,6 +17,11 @@ const DRAIN_REPEAT: Duration = Duration::from_secs(30);
 /// How often somebody who waits for a drain looks whether that still makes sense.
 const DRAIN_STEP: Duration = Duration::from_millis(100);
 
+/// Mail that a worker may have waiting before its frontend has to wait with another descriptor. It has three for each queue.
+pub(in crate::virtio) const MOST_UNREAD: usize = 1024;
+/// How often it looks whether there is room.
+const FULL_WAIT: Duration = Duration::from_millis(2);
+
 impl Backend {
     /// The thread a queue is on, and its place there.
     fn place(&self, queue: usize) -> Option<(&Thread, usize)> {
@@ -97,10 +102,17 @@ impl Backend {
 }
 
 impl Hooks for Backend {
-    fn vring_fd(&self, queue: u64, which: VringFd, fd: Option<Notifier>) {
+    fn vring_fd(&self, queue: u64, which: VringFd, fd: Option<Notifier>, alive: &dyn Fn() -> bool) {
         let Some((thread, place)) = usize::try_from(queue).ok().and_then(|q| self.place(q)) else {
             return;
         };
+        // A worker may be held up, and the descriptors that wait for it are the process's.
+        while thread.slot.unread() >= MOST_UNREAD {
+            if !alive() {
+                return;
+            }
+            std::thread::sleep(FULL_WAIT);
+        }
         thread.slot.post(match which {
             VringFd::Kick => {
                 self.started.store(true, Ordering::Release);

@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -14,6 +14,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 struct Bell {
     /// Rung and not yet heard: further posts need no system call.
     rung: AtomicBool,
+    /// Mail that has not been read.
+    unread: AtomicUsize,
     fd: EventFd,
 }
 
@@ -38,7 +40,7 @@ pub(crate) struct Slot<T> {
 pub(crate) fn mailbox<T>() -> io::Result<(Mailbox<T>, Slot<T>)> {
     let (sender, receiver) = mpsc::channel();
     let fd = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-    let bell = Arc::new(Bell { rung: AtomicBool::new(false), fd });
+    let bell = Arc::new(Bell { rung: AtomicBool::new(false), unread: AtomicUsize::new(0), fd });
     Ok((Mailbox { mail: receiver, bell: Arc::clone(&bell) }, Slot { mail: sender, bell }))
 }
 
@@ -64,16 +66,27 @@ impl<T> Mailbox<T> {
 
     /// The next piece of mail, without waiting.
     pub(crate) fn next(&self) -> Option<T> {
-        self.mail.try_recv().ok()
+        let mail = self.mail.try_recv().ok()?;
+        self.bell.unread.fetch_sub(1, Ordering::Relaxed);
+        Some(mail)
     }
 }
 
 impl<T> Slot<T> {
     /// Posts `mail`. It is dropped if the worker is gone.
     pub(crate) fn post(&self, mail: T) {
+        // Counted first, so that there is never less than nothing.
+        self.bell.unread.fetch_add(1, Ordering::Relaxed);
         if self.mail.send(mail).is_ok() {
             self.ring();
+        } else {
+            self.bell.unread.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+
+    /// How much mail the worker has not read.
+    pub(crate) fn unread(&self) -> usize {
+        self.bell.unread.load(Ordering::Relaxed)
     }
 
     /// Wakes the worker without mail.
@@ -112,6 +125,18 @@ mod tests {
     use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
     use super::*;
+
+    #[test]
+    fn unread_mail_is_counted_until_it_is_read_or_nobody_is_there() {
+        let (mailbox, slot) = mailbox().unwrap();
+        (0..3).for_each(|number| slot.post(number));
+        assert_eq!(slot.unread(), 3);
+        assert_eq!(mailbox.next(), Some(0));
+        assert_eq!(slot.unread(), 2);
+        drop(mailbox);
+        slot.post(4);
+        assert_eq!(slot.unread(), 2);
+    }
 
     /// Posts at every distance from the hearing of the one before. A ring that is swallowed is
     /// never made up for: no later post rings either.

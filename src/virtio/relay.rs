@@ -112,8 +112,8 @@ pub(crate) enum VringFd {
 
 /// What the relay tells the rest of the session. Queue numbers come from the frontend, unchecked.
 pub(crate) trait Hooks: Send + Sync {
-    /// A vring has another fd from now on.
-    fn vring_fd(&self, queue: u64, which: VringFd, fd: Option<Notifier>);
+    /// A vring has another fd from now on. Waits, while `alive` says so, if too many have not been taken yet.
+    fn vring_fd(&self, queue: u64, which: VringFd, fd: Option<Notifier>, alive: &dyn Fn() -> bool);
     /// The ring is about to be disabled: returns once nothing of it is in flight, or when `alive`
     /// says that nobody waits any more.
     fn disable(&self, queue: u32, alive: &dyn Fn() -> bool);
@@ -272,11 +272,11 @@ impl Relay {
     fn look_at(&mut self, message: &mut Message, hooks: &dyn Hooks) -> Result<(), RelayError> {
         let request = message.request();
         if request == FrontendReq::SET_VRING_KICK as u32 {
-            keep_kick(message, hooks)
+            keep_kick(message, hooks, &|| self.alive())
         } else if request == FrontendReq::SET_VRING_CALL as u32 {
-            copy_fd(message, hooks, VringFd::Call, "SET_VRING_CALL")
+            self.copy_fd(message, hooks, VringFd::Call, "SET_VRING_CALL")
         } else if request == FrontendReq::SET_VRING_ERR as u32 {
-            copy_fd(message, hooks, VringFd::Err, "SET_VRING_ERR")
+            self.copy_fd(message, hooks, VringFd::Err, "SET_VRING_ERR")
         } else if request == FrontendReq::SET_VRING_ENABLE as u32 {
             if let Some((queue, on)) = pair(message) {
                 if on == 0 { hooks.disable(queue, &|| self.alive()) } else { hooks.enable(queue) }
@@ -305,6 +305,23 @@ impl Relay {
         }
     }
 
+    fn copy_fd(
+        &self,
+        message: &Message,
+        hooks: &dyn Hooks,
+        which: VringFd,
+        name: &'static str,
+    ) -> Result<(), RelayError> {
+        let Some(queue) = vring_fd(message) else { return Ok(()) };
+        let bad = |error| RelayError::BadFd { queue, message: name, error };
+        let fd = match message.fds.first() {
+            Some(fd) => Some(fd.try_clone().and_then(Notifier::new).map_err(bad)?),
+            None => None,
+        };
+        hooks.vring_fd(queue, which, fd, &|| self.alive());
+        Ok(())
+    }
+
     /// Whether the frontend is still there and the session goes on. Does not wait.
     fn alive(&self) -> bool {
         let mut fds = [
@@ -328,33 +345,21 @@ fn vring_fd(message: &Message) -> Option<u64> {
     (message.fds.len() <= 1).then_some(payload & VRING_INDEX_MASK)
 }
 
-fn keep_kick(message: &mut Message, hooks: &dyn Hooks) -> Result<(), RelayError> {
+fn keep_kick(
+    message: &mut Message,
+    hooks: &dyn Hooks,
+    alive: &dyn Fn() -> bool,
+) -> Result<(), RelayError> {
     let Some(queue) = vring_fd(message) else { return Ok(()) };
     let Some(kick) = message.fds.pop() else {
-        hooks.vring_fd(queue, VringFd::Kick, None);
+        hooks.vring_fd(queue, VringFd::Kick, None, alive);
         return Ok(());
     };
     let bad = |error| RelayError::BadFd { queue, message: "SET_VRING_KICK", error };
     let kick = Notifier::new(kick).map_err(bad)?;
     let silent = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     message.fds.push(silent.map_err(io::Error::from)?);
-    hooks.vring_fd(queue, VringFd::Kick, Some(kick));
-    Ok(())
-}
-
-fn copy_fd(
-    message: &Message,
-    hooks: &dyn Hooks,
-    which: VringFd,
-    name: &'static str,
-) -> Result<(), RelayError> {
-    let Some(queue) = vring_fd(message) else { return Ok(()) };
-    let bad = |error| RelayError::BadFd { queue, message: name, error };
-    let fd = match message.fds.first() {
-        Some(fd) => Some(fd.try_clone().and_then(Notifier::new).map_err(bad)?),
-        None => None,
-    };
-    hooks.vring_fd(queue, which, fd);
+    hooks.vring_fd(queue, VringFd::Kick, Some(kick), alive);
     Ok(())
 }
 

@@ -37,7 +37,7 @@ impl Recorder {
 }
 
 impl Hooks for Recorder {
-    fn vring_fd(&self, queue: u64, which: VringFd, fd: Option<Notifier>) {
+    fn vring_fd(&self, queue: u64, which: VringFd, fd: Option<Notifier>, _: &dyn Fn() -> bool) {
         self.tell(Told::Fd(queue, which, fd.is_some()));
         if which == VringFd::Kick {
             *self.kick.lock().unwrap() = fd;

@@ -538,3 +538,28 @@ fn run_alone(test: &str) {
     let status = command.args(["--exact", &name]).env("NEXTEST", "1").status().unwrap();
     assert!(status.success());
 }
+
+/// A worker that is held up reads none of its mail, and each piece may have a descriptor.
+#[test]
+fn a_frontend_waits_when_its_worker_reads_no_mail() {
+    use crate::virtio::relay::{Hooks, VringFd};
+    const SENT: usize = 5000;
+    let (config, _inbox) = device(tempfile::tempfile().unwrap().into(), 2, 1);
+    let (threads, mailboxes) = super::make_threads(&config, WorkerId(0)).unwrap();
+    let backend = super::Backend::new(config, threads).unwrap();
+    let waited = AtomicBool::new(false);
+    let alive = || !waited.swap(true, Ordering::SeqCst);
+    (0..SENT).for_each(|_| backend.vring_fd(1, VringFd::Call, None, &alive));
+    assert!(waited.load(Ordering::SeqCst));
+    let unread = backend.threads()[0].slot.unread();
+    assert!((6..=1024).contains(&unread), "{unread}");
+    // As soon as the worker reads, it goes on.
+    let mailbox = mailboxes.into_iter().next().unwrap();
+    let reader = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        (mailbox.next().is_some(), mailbox)
+    });
+    backend.vring_fd(0, VringFd::Call, None, &|| true);
+    assert!(reader.join().unwrap().0);
+    assert_eq!(backend.threads()[0].slot.unread(), unread);
+}
