@@ -14,6 +14,7 @@ use super::disk::{Stamp, ZERO};
 use super::hazard::Hazard;
 use super::host::{Copies, ENOSPC};
 use super::layout::NOWHERE;
+use super::pagecache::PAGE;
 use super::scenario::sectors;
 use super::world::{Event, World};
 
@@ -270,16 +271,19 @@ impl World {
     }
 
     /// A file write that ends early inside a block fills the block up, which the kernel does only
-    /// when nobody else writes it; and a failed one converts whole blocks or none.
+    /// when nobody else writes it; and a failed one converts whole blocks or none. One that falls back
+    /// to the page cache copies page by page (`generic_perform_write`), and its memory is there: it
+    /// ends with a page.
     fn stop_at_block(&self, flight: &mut InFlight) {
         let end = flight.sectors.start + flight.moved;
         let block = end / self.host.spb;
         let alone =
             !self.ops.values().any(|o| o.class == Class::FileWrite && o.blocks.contains(&block));
-        let whole = (block * self.host.spb).saturating_sub(flight.sectors.start);
+        let unit = if flight.buffered { PAGE } else { self.host.spb };
+        let whole = (end - end % unit).saturating_sub(flight.sectors.start);
         if flight.error != 0 {
             flight.moved = whole;
-        } else if !alone {
+        } else if !alone || flight.buffered {
             flight.moved = if whole > 0 { whole } else { flight.sectors.len() };
         }
     }
