@@ -100,6 +100,7 @@ impl Scenario {
     pub(super) fn new(rng: &mut Rng, mutant: Option<Mutant>) -> Self {
         let slow = rng.chance(60);
         let mut scenario = Self::drawn(rng, mutant, slow);
+        Hardships::add_to(&mut scenario, rng);
         if slow && !scenario.identity() {
             slow::slow_down(&mut scenario, rng);
         }
@@ -116,11 +117,7 @@ impl Scenario {
         let blocks = if vast { many } else { slow::blocks(slow, rng) };
         let tail = if dev_block == 512 && rng.chance(300) { rng.index(spb) } else { 0 };
         let sectors = blocks * spb + tail;
-        let start = match rng.below(40) {
-            0 => Start::Filesystem,
-            1 => Start::Identity,
-            _ => Start::Eligible,
-        };
+        let start = start(rng);
         let identity = start == Start::Identity;
         let blocks = if identity { blocks } else { sectors.div_ceil(spb) };
         let file_size = if identity { blocks * spb } else { sectors } as u64 * SECTOR;
@@ -135,7 +132,7 @@ impl Scenario {
         }
         let (rough, narrow) = (rng.chance(300), rng.chance(350));
         let rare = |rng: &mut Rng, often: u64, high: u64| if rng.chance(often) { high } else { 0 };
-        let mut scenario = Self {
+        Self {
             geometry,
             start,
             window,
@@ -175,9 +172,7 @@ impl Scenario {
             slow_device: None,
             hard: Hardships::default(),
             mutant,
-        };
-        Hardships::add_to(&mut scenario, rng);
-        scenario
+        }
     }
 
     /// Sectors that the file is written in multiples of.
@@ -201,6 +196,14 @@ impl Scenario {
     /// Blocks of the disk.
     pub(super) fn places(&self) -> usize {
         if self.identity() { self.blocks } else { self.blocks * 4 + 32 }
+    }
+}
+
+fn start(rng: &mut Rng) -> Start {
+    match rng.below(40) {
+        0 => Start::Filesystem,
+        1 => Start::Identity,
+        _ => Start::Eligible,
     }
 }
 
