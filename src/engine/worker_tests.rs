@@ -216,6 +216,28 @@ fn pieces_of_a_request_that_meet_in_a_block_of_the_file_take_turns() {
     }
 }
 
+/// The simulator's seed 34267: the rest alone was a read-modify-write, and put back what others had
+/// written to the block meanwhile.
+#[test]
+fn what_is_left_of_a_whole_block_when_the_lease_is_lost_is_written_as_the_whole_block() {
+    let mut rig = Rig::new(MAPPED, Start::Eligible);
+    rig.write(range(5, 1), 6);
+    rig.world.hold = true;
+    let tag = rig.write(range(4, 1), 7);
+    rig.world.lease = false;
+    rig.world.clock += Duration::from_secs(11);
+    rig.world.results.push_back(1536);
+    rig.world.hold = false;
+    rig.world.log.clear();
+    rig.run();
+    assert_eq!(rig.done[&tag], Status::Ok);
+    let log = &rig.world.log;
+    assert!(!log.iter().any(|op| matches!(op, Op::Read(..))), "{log:?}");
+    let whole = |op: &Op| matches!(op, Op::Write(Target::Image(at), buf) if *at == 4 * BLOCK && u64::from(buf.len()) == BLOCK);
+    assert!(log.iter().any(whole), "{log:?}");
+    assert!(rig.read(range(4, 1)).iter().all(|byte| *byte == 7));
+}
+
 #[test]
 fn a_flush_waits_for_the_write_before_it_and_syncs_what_is_dirty() {
     let mut rig = Rig::new(MAPPED, Start::Eligible);

@@ -141,11 +141,16 @@ impl Worker {
         self.piece_again(io, tag, range);
     }
 
-    /// A piece could not be carried to its end under the lease it was planned with.
+    /// A piece could not be carried to its end under the lease it was planned with. Of a write, all that
+    /// the request has of the blocks is written again, what has been written among it: through the file
+    /// the rest alone would be a read-modify-write, which puts back what others write meanwhile.
     pub(in crate::engine) fn piece_again(&mut self, io: &mut impl Io, tag: Tag, rest: FileRange) {
+        let block = u64::from(self.geometry.fs_block);
         let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize) else { return };
         pending.pieces -= 1;
-        pending.redo.push(rest);
+        let kind = pending.request.kind;
+        let blocks = || rest.round_out(block).intersect(&kind.range());
+        pending.redo.push(if kind.writes() { blocks() } else { rest });
         if pending.phase == Phase::Running {
             self.advance(io, tag);
         }
