@@ -6,8 +6,7 @@
 
 use std::fmt;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{major, minor};
 
@@ -106,9 +105,10 @@ pub(super) fn find(dev: u64, ino: u64, in_the_way: impl Fn(&Listed) -> bool) -> 
 fn holds(pid: u32, dev: u64, ino: u64, in_the_way: &impl Fn(&Listed) -> bool) -> bool {
     let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
     files.flatten().any(|file| {
-        // Following the link opens nothing, and so breaks no lease.
-        let same = fs::metadata(file.path()).is_ok_and(|m| (m.dev(), m.ino()) == (dev, ino));
-        same && {
+        // Only files with a path have such locks, and each names its file. No filesystem is asked for
+        // one: it may not answer.
+        let is_path = |link: PathBuf| link.as_os_str().as_encoded_bytes().starts_with(b"/");
+        fs::read_link(file.path()).is_ok_and(is_path) && {
             let info =
                 Path::new("/proc").join(pid.to_string()).join("fdinfo").join(file.file_name());
             let info = fs::read_to_string(info).unwrap_or_default();

@@ -5,15 +5,17 @@
 //!
 //! What cannot be examined counts as such a descriptor. A link in `/proc/PID/fd` tells by its own
 //! permissions, which take no ptrace access, whether the descriptor reads or writes; only those
-//! that do neither are looked at more closely. No file is ever followed that is not the image, so
-//! that a network filesystem which does not answer holds nothing up.
+//! that do neither are looked at more closely: by the inode's number and the mount's device, which
+//! the kernel tells by itself. No filesystem is asked, which may not answer: any user can have a
+//! FUSE file with the image's number.
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::sys::process::share_descriptors;
@@ -141,17 +143,52 @@ impl Search {
             if info.is_empty() || access_mode(&info)? != NEITHER {
                 continue;
             }
-            if inode(&info).is_some_and(|ino| ino != self.ino) {
-                continue;
-            }
-            // Following the link opens nothing, and so breaks no lease.
-            let file = unless_gone(fs::metadata(&link).map(|file| Some((file.dev(), file.ino()))))?;
-            if file == Some((self.dev, self.ino)) {
+            let ino = inode(&info).ok_or(io::ErrorKind::Unsupported)?;
+            if ino == self.ino && self.is_on_device(task, &link, &info)? {
                 return Ok(true);
             }
         }
         Ok(false)
     }
+}
+
+impl Search {
+    /// Whether a descriptor's file is on the image's device. Its mount tells; a file of a mount that is
+    /// gone is asked for what the kernel has cached and nothing else, since its filesystem may be a
+    /// FUSE server that does not answer.
+    fn is_on_device(&self, task: &Path, link: &Path, info: &str) -> io::Result<bool> {
+        let mount = field(info, "mnt_id:").unwrap_or_default();
+        let theirs = task.join("mountinfo");
+        let device = [Path::new("/proc/self/mountinfo"), &theirs]
+            .into_iter()
+            .find_map(|list| device_of(mount, &fs::read(list).ok()?));
+        let (major, minor) = match device {
+            Some(device) => device,
+            None => {
+                let flags = AtFlags::STATX_DONT_SYNC.union(AtFlags::NO_AUTOMOUNT);
+                let file = statx(CWD, link, flags, StatxFlags::empty()).map_err(io::Error::from);
+                match unless_gone(file.map(Some))? {
+                    Some(file) => (file.stx_dev_major, file.stx_dev_minor),
+                    None => return Ok(false),
+                }
+            }
+        };
+        Ok((major, minor) == (rustix::fs::major(self.dev), rustix::fs::minor(self.dev)))
+    }
+}
+
+/// The device of a mount, by its number in a list such as `/proc/self/mountinfo`.
+fn device_of(mount: &str, list: &[u8]) -> Option<(u32, u32)> {
+    list.split(|byte| *byte == b'\n').find_map(|line| {
+        // Its first fields are ASCII; a path behind them need not be.
+        let mut fields =
+            line.split(|byte| *byte == b' ').map_while(|f| std::str::from_utf8(f).ok());
+        if fields.next()? != mount {
+            return None;
+        }
+        let (major, minor) = fields.nth(1)?.split_once(':')?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    })
 }
 
 /// The entries of a directory that are numbers.
@@ -211,6 +248,18 @@ mod tests {
         assert_eq!(mode("pos:\t0\nflags:\t012000000\n"), Some(0));
         assert_eq!(mode("pos:\t0\n"), None);
         assert_eq!(inode("pos:\t0\nflags:\t0100003\nmnt_id:\t29\nino:\t131\n"), Some(131));
+    }
+
+    #[test]
+    fn a_mounts_device_is_read_from_the_list_of_mounts() {
+        let list =
+            b"36 35 98:0 /mnt1 /mnt2 rw - ext3 /dev/root rw\n44 1 0:51 / /\xff - fuse s rw\n";
+        assert_eq!(device_of("36", list), Some((98, 0)));
+        assert_eq!(device_of("44", list), Some((0, 51)));
+        assert_eq!(device_of("98:0", list), None);
+        let own = fs::read("/proc/self/mountinfo").unwrap();
+        let first = String::from_utf8_lossy(&own).split(' ').next().unwrap().to_owned();
+        assert!(device_of(&first, &own).is_some());
     }
 
     #[test]
