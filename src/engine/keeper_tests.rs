@@ -728,3 +728,43 @@ mod forget;
 
 #[path = "tail_tests.rs"]
 mod tail;
+
+/// R2b: what is reported of a break that takes long, whatever made direct mode end before or after.
+#[test]
+fn a_break_is_reported_as_forced_when_its_own_time_is_over() {
+    let forced =
+        |small: &Small| small.reports.iter().filter(|r| **r == Report::ForcedBreak).count();
+    let at = |small: &mut Small, seconds: u64| {
+        let now = Duration::from_secs(seconds);
+        while small.keeper.deadline().is_some_and(|at| at <= now) {
+            let deadline = small.keeper.deadline().unwrap();
+            small.keeper.tick(deadline);
+        }
+        small.poll();
+    };
+    // The lease was lost for another reason, or the end was asked for, while the opener waits.
+    for other in [Why::LeaseLost, Why::Stopping] {
+        let mut small = Small::direct(|_| ());
+        small.keeper.lease_break(Duration::from_secs(1));
+        match other {
+            Why::Stopping => small.keeper.shut_down(Duration::from_secs(2)),
+            _ => small.keeper.message(Duration::from_secs(2), A, ToKeeper::LeaseLost),
+        }
+        at(&mut small, 40);
+        assert_eq!(forced(&small), 0, "{other:?}");
+        at(&mut small, 42);
+        assert_eq!(forced(&small), 1, "{other:?}");
+        assert_eq!(small.keeper.snapshot().forced_breaks, 1);
+    }
+    // Nobody waits for the lease: nobody is let in.
+    let mut small = Small::direct(|_| ());
+    small.keeper.size_changed(Duration::from_secs(1));
+    at(&mut small, 100);
+    assert_eq!(forced(&small), 0);
+    // Somebody comes late.
+    small.keeper.lease_break(Duration::from_secs(100));
+    at(&mut small, 139);
+    assert_eq!(forced(&small), 0);
+    at(&mut small, 141);
+    assert_eq!(forced(&small), 1);
+}

@@ -245,7 +245,7 @@ impl Worker {
         device: Option<DeviceOffset>,
         result: i32,
     ) {
-        if again(result) {
+        if result == NOT_STARTED {
             self.start(io, id, Running::sync(image, device));
         } else if result < 0 {
             self.ops.free.push(id);
@@ -352,8 +352,12 @@ fn fill(io: &mut impl Io, op: &PieceOp) {
     }
 }
 
+/// ECANCELED, which only the [`Io`] itself says: the operation was not started. A flush may be asked for
+/// again only then: an error of a flush is told once (R16).
+const NOT_STARTED: i32 = -125;
+
 /// Errors that say: the same again.
 const fn again(result: i32) -> bool {
     // EINTR and EAGAIN; the core knows no libc.
-    matches!(result, -4 | -11)
+    matches!(result, -4 | -11 | NOT_STARTED)
 }

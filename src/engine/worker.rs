@@ -56,8 +56,8 @@ pub struct Worker {
     /// Requests that wait until their lane admits them, by lane, in the order they came: a large one
     /// must not wait for ever behind small ones.
     crowd: [VecDeque<Tag>; 3],
-    /// The first of a crowd is being tried.
-    admitting: bool,
+    /// The first of this lane's crowd is being tried.
+    admitting: Option<Lane>,
     parks: Vec<ParkOrder>,
     parked: VecDeque<Tag>,
     stalled: VecDeque<Tag>,
@@ -109,7 +109,7 @@ impl Worker {
             bounce: (0..geometry.bounce_slots).rev().map(BounceSlot).collect(),
             raw: [pace(), pace(), pace()],
             crowd: Default::default(),
-            admitting: false,
+            admitting: None,
             parks: Vec::new(),
             parked: VecDeque::new(),
             stalled: VecDeque::new(),

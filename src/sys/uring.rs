@@ -234,7 +234,7 @@ impl Ring {
             return None;
         };
         self.submitted = self.submitted.saturating_sub(1);
-        let result = if barred { -libc::EAGAIN } else { entry.result() };
+        let result = if barred { -libc::ECANCELED } else { entry.result() };
         Some(Completion { id, result })
     }
 

@@ -957,7 +957,7 @@ fn raw_operations_left_in_the_queue_go_out_only_if_the_lease_is_still_ours() {
         // Whether it was taken from us or given up: it is no longer ours.
         set_lease(&file, libc::F_UNLCK);
         enter(&mut ring);
-        assert_eq!(results(&mut ring), [-libc::EAGAIN, 8192]);
+        assert_eq!(results(&mut ring), [-libc::ECANCELED, 8192]);
         assert!(on_disk().iter().all(|byte| *byte == 0xee), "written");
     }
     // With the lease they go out, and so does everything after a time without it.

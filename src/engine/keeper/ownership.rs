@@ -16,6 +16,8 @@ const RETRY: Duration = Duration::from_millis(250);
 const DOUBLINGS: u32 = 5;
 /// The same for attempts that are refused, so that its owner's close is seen within a second.
 const BUSY_DOUBLINGS: u32 = 2;
+/// The same where descriptors could not be searched, which may have taken ten seconds of the helper.
+const UNSEEN_DOUBLINGS: u32 = 6;
 /// Direct mode that held this long ends a row of breaks.
 const CALM: Duration = Duration::from_secs(10);
 /// Longest that everybody stays parked for entering direct mode; slow I/O makes it give up.
@@ -203,8 +205,8 @@ impl Keeper {
     }
 
     fn retry(&mut self, now: Duration) {
-        let doublings =
-            self.breaks.saturating_sub(1).min(DOUBLINGS).max(self.refusals.min(BUSY_DOUBLINGS));
+        let most = if self.why == Why::Unseen { UNSEEN_DOUBLINGS } else { BUSY_DOUBLINGS };
+        let doublings = self.breaks.saturating_sub(1).min(DOUBLINGS).max(self.refusals.min(most));
         self.ownership = Ownership::Shared { retry_at: now + RETRY * (1 << doublings) };
     }
 
@@ -220,7 +222,10 @@ impl Keeper {
                 self.park(now, FileRange::ALL, Drain::Raw, Parking::Leave);
             }
             Ownership::Leaving { since, why: old, broken, reports, half } => {
-                let broken = broken || why == Why::LeaseBroken;
+                // The time until a break is forced begins with the break, whatever made us leave before.
+                let breaks = !broken && why == Why::LeaseBroken;
+                let (since, reports) = if breaks { (now, 0) } else { (since, reports) };
+                let broken = broken || breaks;
                 // What is for good wins.
                 let for_good = matches!(old, Why::Mismatch | Why::SizeChanged | Why::Stopping);
                 let why = if for_good { old } else { why };

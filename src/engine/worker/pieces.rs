@@ -27,6 +27,10 @@ impl Worker {
             return false;
         }
         let full = !self.ops.has_room() || (piece.bounce && self.bounce.is_empty());
+        if raw && full && self.admitting == Some(lane) {
+            self.wait_in_crowd(tag, lane);
+            return false;
+        }
         let stalled = full || self.meets_its_own(tag, access, &piece);
         // Zeros too: nobody may have filled the hole since the map was read (R2a). They start and end here.
         let mapped = raw || piece.route == Route::Zero && self.rules.zero_lease;
@@ -70,13 +74,13 @@ impl Worker {
 
     /// Whether a raw operation of `bytes` may start: there is room for it, and nobody came before it.
     fn admits(&mut self, io: &impl Io, lane: Lane, bytes: u64) -> bool {
-        let behind =
-            !self.admitting && self.crowd.get(lane as usize).is_some_and(|c| !c.is_empty());
+        let behind = self.admitting != Some(lane)
+            && self.crowd.get(lane as usize).is_some_and(|c| !c.is_empty());
         !behind && self.pace(lane).admits(io.lately(), bytes)
     }
 
     fn wait_in_crowd(&mut self, tag: Tag, lane: Lane) {
-        let first = self.admitting;
+        let first = self.admitting == Some(lane);
         if let Some(Some(pending)) = self.requests.get_mut(tag.0 as usize)
             && let Some(crowd) = self.crowd.get_mut(lane as usize)
         {
@@ -92,9 +96,9 @@ impl Worker {
             while self.ops.has_room()
                 && let Some(tag) = self.crowd.get_mut(lane as usize).and_then(VecDeque::pop_front)
             {
-                self.admitting = true;
+                self.admitting = Some(lane);
                 self.resume(io, tag, |_| ());
-                self.admitting = false;
+                self.admitting = None;
                 let first = self.crowd.get(lane as usize).and_then(VecDeque::front);
                 if first == Some(&tag) {
                     break;

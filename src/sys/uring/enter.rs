@@ -157,7 +157,7 @@ impl Ring {
     /// again, and if it is not ours they must not go out any more (R2a).
     ///
     /// An entry cannot be taken back from the submission queue. What it names can: with the device no longer
-    /// a fixed file, the kernel answers each with EBADF, which [`accept`](Self::accept) turns into EAGAIN.
+    /// a fixed file, the kernel answers each with EBADF, which [`accept`](Self::accept) turns into ECANCELED.
     fn check_left(&mut self) {
         let left = |ring: &Self| ring.queued.iter().any(|entry| matches!(entry, Queued::Raw(_)));
         if self.queued.is_empty() || self.lease.is_none() || !left(self) {
@@ -199,6 +199,7 @@ impl Ring {
         let files = [device.as_raw_fd()];
         // If not now, then the next time; raw operations end with EAGAIN until then.
         self.barred = self.uring.0.submitter().register_files_update(DEVICE, &files).is_err();
+        self.uneasy |= self.barred;
     }
 
     /// Enters until the kernel has taken everything queued, or takes nothing more for now.
