@@ -100,7 +100,7 @@ pub(super) struct Pace {
     before: Duration,
     /// When that was, or when the window was opened after it.
     since: Duration,
-    /// When the open window ends if I/O stays in flight.
+    /// When the open window ends if I/O stays in flight; never, where there are no windows.
     ends: Duration,
     /// When an operation last ended.
     active: Duration,
@@ -121,7 +121,7 @@ impl Pace {
             done: Amount::default(),
             before: Duration::ZERO,
             since: Duration::ZERO,
-            ends: Duration::ZERO,
+            ends: Duration::MAX,
             active: Duration::ZERO,
             samples: [Amount::default(); WINDOWS as usize],
             taken: 0,
@@ -182,9 +182,7 @@ impl Pace {
                 self.limit.ops = self.limit.ops.saturating_add(1);
             }
         }
-        if now >= self.ends && self.window.is_some() {
-            self.sample(now);
-        }
+        self.observe(now);
         if self.in_flight.ops == 0 {
             self.before += now.saturating_sub(self.since);
         }
@@ -192,13 +190,15 @@ impl Pace {
 
     /// The device may have completed nothing for long: then nobody but the one who wants to start
     /// more notices.
+    #[inline]
     fn observe(&mut self, now: Duration) {
-        if now >= self.ends && self.window.is_some() {
+        if now >= self.ends {
             self.sample(now);
         }
     }
 
     /// The open window ends, and the next one is opened.
+    #[cold]
     fn sample(&mut self, now: Duration) {
         let Some(window) = self.window else { return };
         let length = self.before + now.saturating_sub(self.since);

@@ -56,6 +56,8 @@ pub struct Worker {
     /// Requests that wait until their lane admits them, by lane, in the order they came: a large one
     /// must not wait for ever behind small ones.
     crowd: [VecDeque<Tag>; 3],
+    /// Requests in all crowds.
+    crowded: usize,
     /// The first of this lane's crowd is being tried.
     admitting: Option<Lane>,
     parks: Vec<ParkOrder>,
@@ -109,6 +111,7 @@ impl Worker {
             bounce: (0..geometry.bounce_slots).rev().map(BounceSlot).collect(),
             raw: [pace(), pace(), pace()],
             crowd: Default::default(),
+            crowded: 0,
             admitting: None,
             parks: Vec::new(),
             parked: VecDeque::new(),
@@ -259,7 +262,9 @@ impl Worker {
                 let Some(tag) = self.stalled.pop_front() else { break };
                 self.resume(io, tag, |_| ());
             }
-            self.admit(io);
+            if self.crowded > 0 {
+                self.admit(io);
+            }
             if !self.ops.any_ready() {
                 return;
             }

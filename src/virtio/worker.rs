@@ -295,7 +295,7 @@ impl<D: Disk> Worker<D> {
         if answered > 0
             && let Some(disk) = &self.disk
         {
-            self.spin.completed(disk.now(), answered);
+            self.spin.completed(disk.lately(), answered);
         }
         self.post_messages();
         self.for_each(vrings, Queue::publish);

@@ -74,8 +74,9 @@ impl Worker {
 
     /// Whether a raw operation of `bytes` may start: there is room for it, and nobody came before it.
     fn admits(&mut self, io: &impl Io, lane: Lane, bytes: u64) -> bool {
-        let behind = self.admitting != Some(lane)
-            && self.crowd.get(lane as usize).is_some_and(|c| !c.is_empty());
+        let behind = self.crowded > 0
+            && self.admitting != Some(lane)
+            && self.crowd.get(lane as usize).is_some_and(|crowd| !crowd.is_empty());
         !behind && self.pace(lane).admits(io.lately(), bytes)
     }
 
@@ -85,7 +86,8 @@ impl Worker {
             && let Some(crowd) = self.crowd.get_mut(lane as usize)
         {
             pending.phase = Phase::Stalled;
-            // Whoever is being tried keeps its place.
+            self.crowded += 1;
+            // The one that is being tried keeps its place.
             if first { crowd.push_front(tag) } else { crowd.push_back(tag) }
         }
     }
@@ -96,6 +98,7 @@ impl Worker {
             while self.ops.has_room()
                 && let Some(tag) = self.crowd.get_mut(lane as usize).and_then(VecDeque::pop_front)
             {
+                self.crowded -= 1;
                 self.admitting = Some(lane);
                 self.resume(io, tag, |_| ());
                 self.admitting = None;
