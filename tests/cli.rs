@@ -338,7 +338,7 @@ fn clients_of_the_control_socket_are_bounded() {
     hog.set_nonblocking(true).unwrap();
     let flood = format!("{STATUS}\n").repeat(100_000);
     let _ = hog.write(flood.as_bytes());
-    // Whoever has business comes in, and the longest idle client makes room.
+    // A client with a request comes in, and the longest idle client makes room.
     let reply = ask(daemon.control(), STATUS);
     assert_eq!(reply["mode"], "filesystem", "{reply}");
     let mut told = String::new();

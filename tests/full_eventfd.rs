@@ -105,7 +105,7 @@ fn nobody_waits_for_a_frontend_that_does_not_read() {
         answered
     });
     assert!(answered, "a worker waits for its frontend");
-    // Whoever opens the image, the next frontend and SIGTERM find a worker that listens.
+    // An opener of the image, the next frontend and SIGTERM find a worker that listens.
     let (sender, opened) = mpsc::channel();
     let image = bed.image.clone();
     thread::spawn(move || {

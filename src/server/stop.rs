@@ -24,7 +24,7 @@ use crate::sys::signals::LeaseSignals;
 const SAME_ORDER: Duration = Duration::from_secs(1);
 /// How long the regular end may take after a second order. With [`LAST_LINE`] it stays within five seconds.
 const GRACE: Duration = Duration::from_secs(3);
-/// Longest that the last line may take: whoever has the other end of the log may not read it.
+/// Longest that the last line may take: the other end of the log may not be read.
 const LAST_LINE: Duration = Duration::from_secs(1);
 /// Devices that the last line names.
 const NAMED: usize = 8;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Signalling an eventfd of somebody else's without ever waiting for them.
 //!
-//! A write(2) to an eventfd waits when the counter is full and O_NONBLOCK is clear, and whoever
+//! A write(2) to an eventfd waits when the counter is full and O_NONBLOCK is clear, and anybody who
 //! shares the descriptor may bring about both between any look at it and the write. The kernel's
 //! own way to signal one, `eventfd_signal()`, has no such case: a full counter stays full. io_uring
 //! goes that way for the eventfd that is registered with a ring, each time something completes.

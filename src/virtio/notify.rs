@@ -124,7 +124,7 @@ mod tests {
 
     use super::*;
 
-    /// The counter is full and empty in turn, and whoever reads or writes it waits.
+    /// The counter is full and empty in turn, and a read or a write of it waits.
     #[test]
     fn an_eventfd_that_blocks_is_waited_for_neither_when_full_nor_when_empty() {
         let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
